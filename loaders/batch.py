@@ -1,0 +1,35 @@
+"""What every loader yields, and the protocol that every loader follows.
+
+Shape legend: B images of this rank, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class DataError(ValueError):
+    """Bad data or a bad loader option: one line that names the file or option and what would be right."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one global batch, all on the loader's device."""
+
+    images: torch.Tensor  # uint8 [B, H, W, 3], RGB
+    labels: torch.Tensor  # int64 [B], -1 where the image has no label
+    indices: torch.Tensor  # int64 [B], rows of the ImageIndex
+
+
+class Loader(Protocol):
+    """Yields batches in the plan's order; `len` is the number of batches. Close it to stop its threads and processes."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None: ...
