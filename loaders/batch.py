@@ -26,7 +26,7 @@ class Batch:
 
 
 class Loader(Protocol):
-    """Yields batches in the plan's order; `len` is the number of batches. Close it to stop its threads and processes."""
+    """Yields batches in the plan's order; `len` is their number. Close it to stop its threads and processes."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

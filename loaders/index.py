@@ -1,0 +1,199 @@
+"""The image index: what a folder tree holds, and what of it is unusable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from . import index_store
+from .batch import DataError
+from .index_store import Stored
+from .probe import DECODED, PLAIN
+from .probe_pool import core_count, probe_all
+from .walk import Listing, list_images
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """The usable images of a folder tree, in the order of their relative paths' bytes.
+
+    Made by `ImageIndex.scan`. Row numbers are the image indices of plans and batches.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    labels: np.ndarray  # int64 [N], -1 for an image without a class
+    widths: np.ndarray  # int32 [N], pixels, as stored: EXIF orientation is not applied
+    heights: np.ndarray  # int32 [N]
+    bytes: np.ndarray  # int64 [N], size of the file
+    plain: np.ndarray  # bool [N], DALI decodes the file as Pillow does
+    quarantined: list[tuple[str, str]]  # (relative path, reason)
+    _names: bytes  # all relative paths, joined: a list of a million objects would take 100 MB
+    _ends: np.ndarray  # int64 [N], end of each path in _names
+
+    @classmethod
+    def scan(
+        cls,
+        root: str | os.PathLike,
+        *,
+        classes: Sequence[str] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        workers: int | None = None,
+        progress: bool = False,
+        decode: bool = False,
+    ) -> ImageIndex:
+        """Index the images below `root`: class = first folder of the path, -1 for images in `root` itself.
+
+        Files are looked into once, by `workers` processes (default: one a core); the result is stored in `cache_dir`
+        (default: a hidden file in `root`, or the user's cache folder where that is read-only), and only new or
+        changed files are looked into again. `classes` fixes the label of each class name, by position. `decode`
+        decodes every image once instead of reading headers. Raises DataError: no such folder, no usable image, a
+        folder that is not among `classes`.
+        """
+        root = Path(root)
+        listing = list_images(root)
+        places = index_store.store_paths(root, None if cache_dir is None else Path(cache_dir))
+        old = next((stored for place in places if (stored := index_store.load(place)) is not None), None)
+        stored, changed = _probe_new(root, listing, old, decode, workers or core_count(), progress)
+        if changed and not any(index_store.save(stored, place) for place in places) and cache_dir is not None:
+            raise DataError(f"{cache_dir}: the image index cannot be written there; give a folder that is writable")
+        return _build(root, stored, classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def relative_path(self, i: int) -> str:
+        """Path of image `i` below the root."""
+        return os.fsdecode(self._name(i))
+
+    def path(self, i: int) -> str:
+        """Path of image `i`, absolute."""
+        return os.fsdecode(self.path_bytes(i))
+
+    def path_bytes(self, i: int) -> bytes:
+        """Path of image `i`, absolute, as the file system's bytes."""
+        return self._root_bytes + self._name(i)
+
+    def display_path(self, i: int) -> str:
+        """Path of image `i` below the root, safe to print whatever its bytes."""
+        return _printable(self._name(i))
+
+    def relabel(self, name_to_label: Mapping[str, int]) -> ImageIndex:
+        """The same images with the label of each class taken from `name_to_label`; unlabelled ones stay so."""
+        missing = [name for name in self.classes if name not in name_to_label]
+        if missing:
+            raise DataError(f"{self.root}: no label is known for class '{missing[0]}'")
+        table = np.array([name_to_label[name] for name in self.classes] + [-1], np.int64)
+        by_label = sorted(name_to_label, key=name_to_label.__getitem__)
+        return dataclasses.replace(self, classes=tuple(by_label), labels=table[self.labels])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of paths, file sizes, labels, widths and heights: the same wherever the tree lies."""
+        sha = hashlib.sha256(b"mealfast image index 1\0")
+        for part in (self._ends, self.bytes, self.labels, self.widths.astype(np.int64), self.heights.astype(np.int64)):
+            sha.update(np.ascontiguousarray(part, "<i8").tobytes())
+        sha.update(self._names)
+        return sha.hexdigest()
+
+    @cached_property
+    def _root_bytes(self) -> bytes:
+        return os.path.join(os.fsencode(os.path.abspath(self.root)), b"")
+
+    def _name(self, i: int) -> bytes:
+        i = range(len(self))[i]
+        return self._names[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])]
+
+
+def _probe_new(
+    root: Path, listing: Listing, old: Stored | None, decode: bool, workers: int, progress: bool
+) -> tuple[Stored, bool]:
+    """The listing with what is known of each file, and whether that differs from `old`."""
+    n = len(listing)
+    widths, heights = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    bits, reasons = np.zeros(n, np.uint8), [""] * n
+    known = np.zeros(n, bool)
+    if old is not None:
+        rows, old_rows = _matches(listing, old)
+        if decode:
+            kept = np.array([bool(old.bits[j] & DECODED or old.reasons[j]) for j in old_rows.tolist()], bool)
+            rows, old_rows = rows[kept], old_rows[kept]
+        widths[rows], heights[rows], bits[rows] = old.widths[old_rows], old.heights[old_rows], old.bits[old_rows]
+        known[rows] = True
+        for row, old_row in zip(rows.tolist(), old_rows.tolist(), strict=True):
+            if old.reasons[old_row]:
+                reasons[row] = old.reasons[old_row]
+    unknown = np.flatnonzero(~known).tolist()
+    top = os.path.join(os.fsencode(os.path.abspath(root)), b"")
+    for row, found in zip(unknown, _probe(top, listing, unknown, decode, workers, progress), strict=True):
+        if isinstance(found, str):
+            reasons[row] = found
+        else:
+            widths[row], heights[row], bits[row] = found
+    stored = Stored(listing.paths, reasons, listing.bytes, listing.mtimes, widths, heights, bits)
+    return stored, old is None or bool(unknown) or len(old.paths) != n
+
+
+def _matches(listing: Listing, old: Stored) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the listing that the stored index knows, and its rows for them: same path, size and time."""
+    if listing.paths == old.paths:
+        rows = old_rows = np.arange(len(listing))
+    else:
+        place = {path: j for j, path in enumerate(old.paths)}
+        pairs = [(i, j) for i, path in enumerate(listing.paths) if (j := place.get(path)) is not None]
+        rows, old_rows = np.array(pairs, np.int64).reshape(-1, 2).T
+    same = (listing.bytes[rows] == old.bytes[old_rows]) & (listing.mtimes[rows] == old.mtimes[old_rows])
+    return rows[same], old_rows[same]
+
+
+def _probe(top: bytes, listing: Listing, rows: list[int], decode: bool, workers: int, progress: bool) -> list:
+    paths = [top + listing.paths[row] for row in rows]
+    if not progress or not rows:
+        return probe_all(paths, decode=decode, workers=workers)
+    from tqdm import tqdm
+
+    with tqdm(total=len(paths), desc=f"indexing {os.fsdecode(top)}", unit=" images", mininterval=0.5) as bar:
+        return probe_all(paths, decode=decode, workers=workers, done=bar.update)
+
+
+def _build(root: Path, stored: Stored, classes: Sequence[str] | None) -> ImageIndex:
+    usable = [row for row, reason in enumerate(stored.reasons) if not reason]
+    quarantined = [(_printable(stored.paths[row]), reason) for row, reason in enumerate(stored.reasons) if reason]
+    if not usable:
+        why = f"; {len(quarantined)} cannot be opened, e.g. {': '.join(quarantined[0])}" if quarantined else ""
+        raise DataError(f"{root}: holds no usable image{why}; give a folder that holds one folder of images a class")
+    names = [stored.paths[row] for row in usable]
+    folders = [name.partition(b"/")[0] if b"/" in name else None for name in names]
+    present = sorted({folder for folder in folders if folder is not None})
+    if classes is None:
+        classes = [os.fsdecode(folder) for folder in present]
+    label = {os.fsencode(name): i for i, name in enumerate(classes)}
+    unknown = [folder for folder in present if folder not in label]
+    if unknown:
+        raise DataError(
+            f"{root}: class '{_printable(unknown[0])}' is not among the {len(label)} classes of the training data; "
+            "remove that folder or train on a tree that has it"
+        )
+    label[None] = -1
+    return ImageIndex(
+        root=root,
+        classes=tuple(classes),
+        labels=np.array([label[folder] for folder in folders], np.int64),
+        widths=stored.widths[usable],
+        heights=stored.heights[usable],
+        bytes=stored.bytes[usable],
+        plain=(stored.bits[usable] & PLAIN).astype(bool),
+        quarantined=quarantined,
+        _names=b"".join(names),
+        _ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+    )
+
+
+def _printable(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
