@@ -1,0 +1,42 @@
+"""The formulas in plain PyTorch, for any floating dtype and device: what runs on a CPU, and what the kernels must equal.
+
+Shape legend: B batch, K teachers, C classes, k entries kept of each target.
+
+Sums and exponentials are in float32, or in float64 where an input is float64. Nothing here checks its arguments; the
+public functions do, see `arguments.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def ensemble_target(teachers: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
+    """MEAL V2, Eq. 1: sum_k weights[k] softmax(teachers[k] / temperature), K tensors [B, C] -> [B, C]."""
+    dtype = accumulation_dtype(*teachers)
+    target = torch.zeros((), dtype=dtype, device=teachers[0].device)
+    for teacher, weight in zip(teachers, weights, strict=True):
+        target = target + weight * torch.softmax(teacher.to(dtype) / temperature, dim=-1)
+    return target
+
+
+def soft_cross_entropy(student: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """MEAL V2, Eq. 3: -sum_c target log softmax(student / temperature), [B, C] and [B, C] -> [B].
+
+    A class with target 0 adds nothing, even where the student's logit is -inf.
+    """
+    dtype = accumulation_dtype(student, target)
+    log_q = torch.log_softmax(student.to(dtype) / temperature, dim=-1)
+    return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
+
+
+def entropy(target: Tensor) -> Tensor:
+    """-sum_c target log target, [B, C] -> [B]: what MEAL V2's KL (Eq. 2) is smaller by than its cross-entropy (Eq. 3)."""
+    return torch.special.entr(target).sum(dim=-1)
