@@ -29,7 +29,7 @@ def probe(path: bytes, decode: bool) -> tuple[int, int, int] | str:
             warnings.simplefilter("ignore")
             return _probe(path, decode)
     except Exception as error:  # hostile files raise anything: ValueError, struct.error, RecursionError, ...
-        return _reason(error)
+        return reason(error)
 
 
 def _probe(path: bytes, decode: bool) -> tuple[int, int, int] | str:
@@ -71,7 +71,8 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """One line on why Pillow refuses a file."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can identify"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,6 +1,6 @@
 """What is cut out of each image: planned training views and the evaluation crop. NumPy only.
 
-torchvision's laws, in closed form over whole epochs: RandomResizedCrop and RandomHorizontalFlip for training, Resize and
+torchvision's laws over whole epochs at once: RandomResizedCrop and RandomHorizontalFlip for training, Resize and
 CenterCrop for evaluation.
 """
 
@@ -148,7 +148,7 @@ class ViewPlan:
 
 @dataclass(frozen=True)
 class EvalViews:
-    """The shorter side resized to `resize` pixels, then the centre `size` x `size`, black where the image is smaller."""
+    """The shorter side resized to `resize` pixels, then the centre `size` x `size`; black beyond the image."""
 
     size: int
     resize: int

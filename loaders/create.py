@@ -1,0 +1,87 @@
+"""Makes loaders by the name of their backend."""
+
+from __future__ import annotations
+
+import torch
+
+from .batch import DataError
+from .index import ImageIndex
+from .pillow import PillowLoader
+from .steps import EvalSteps, TrainSteps
+from .stream import StreamLoader, default_threads
+from .views import EvalViews, ViewPlan
+
+BACKENDS = ("dali", "pillow")
+PREFETCH = 2  # batches
+
+
+def train_loader(
+    backend: str,
+    index: ImageIndex,
+    plan: ViewPlan,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    stop_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    prefetch: int | None = None,
+) -> StreamLoader:
+    """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
+
+    `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
+    epoch s // (N // batch_size); the remainder of each epoch's order is dropped, and no step waits at its start.
+    `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready. Raises DataError
+    for options that do not fit.
+    """
+    steps = TrainSteps(
+        index,
+        plan,
+        batch_size=batch_size,
+        start_step=start_step,
+        stop_step=stop_step,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _loader(backend, index, steps, device, threads, prefetch)
+
+
+def eval_loader(
+    backend: str,
+    index: ImageIndex,
+    views: EvalViews,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    prefetch: int | None = None,
+) -> StreamLoader:
+    """A Loader of every image once over all ranks, in the index's order; `batch_size` is each rank's, the last smaller.
+
+    A rank for which no image is left yields nothing. A broken file raises DataError: it cannot be replaced honestly.
+    """
+    steps = EvalSteps(index, views, batch_size=batch_size, rank=rank, world_size=world_size)
+    return _loader(backend, index, steps, device, threads, prefetch)
+
+
+def _loader(backend, index, steps, device, threads, prefetch) -> StreamLoader:
+    threads = default_threads() if threads is None else threads
+    prefetch = PREFETCH if prefetch is None else prefetch
+    if threads < 1 or prefetch < 1:
+        raise DataError(f"loader threads {threads} and prefetch {prefetch}: both must be at least 1")
+    if backend == "pillow":
+        return PillowLoader(index, steps, torch.device(device), threads, prefetch)
+    if backend == "dali":
+        try:
+            from .dali import DaliLoader
+        except ImportError as error:
+            raise DataError(
+                f"--loader dali: NVIDIA DALI cannot be imported ({error}); pip install nvidia-dali-cuda120, "
+                "or use --loader pillow"
+            ) from None
+        return DaliLoader(index, steps, torch.device(device), threads, prefetch)
+    raise DataError(f"--loader {backend}: must be {' or '.join(BACKENDS)}")

@@ -1,0 +1,178 @@
+"""The DALI backend: fast, on the CPU or a GPU; what DALI decodes otherwise than Pillow is laid over by Pillow."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .batch import Batch
+from .dali_pipeline import GpuDecoding, build_pipeline
+from .render import LARGEST_RESIZED
+from .steps import Views
+from .stream import StreamLoader
+
+
+class DaliLoader(StreamLoader):
+    """Views decoded by DALI.
+
+    Some rows are left to Pillow: images that the index does not know to be plain, files that broke, resized images
+    too large to hold. DALI decodes a stand-in there, and the row is overwritten. A file that breaks after the scan
+    makes DALI's pipeline fail, or shows by its size: it is found, replaced, and the pipeline built anew.
+    """
+
+    def __init__(self, index, steps, device, threads, prefetch, decoding: GpuDecoding | None = None):
+        super().__init__(index, steps, device, threads, prefetch)
+        self._decoding = decoding or GpuDecoding()
+        self._refused: set[int] = set()  # images that DALI cannot decode though Pillow can
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="mealfast-overlay")
+        self._stand_in = _StandIn()
+        self._pipe = None
+        self._depth = 0  # of the pipeline's queue
+        self._fed = 0  # batches fed to a pipeline that has not run yet
+
+    def _submit(self, k: int) -> tuple[int, Views, dict[int, Future]]:
+        if self._pipe is None or (self._fed == 0 and self._depth < min(self._prefetch, len(self))):
+            self._build(min(self._prefetch, len(self) - k))
+        views = self._steps.views(k)
+        rows = np.flatnonzero(self._left_to_pillow(views)).tolist()
+        overlays = {row: self._pool.submit(self._render, views, row) for row in rows}
+        self._feed(self._pipe, views, rows)
+        # DALI's first run starts as many batches as its queue is deep, and they must all have been fed.
+        self._fed += 1
+        if self._fed >= self._depth:
+            self._pipe.schedule_run()
+        return k, views, overlays
+
+    def _collect(self, pending: deque) -> Batch:
+        while True:
+            _, views, overlays = pending[0]
+            try:
+                stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+                outputs, sizes = self._pipe.share_outputs(cuda_stream=stream)
+                break
+            except RuntimeError as error:
+                self._recover(views, error)
+                # The pipeline died with everything that it held: start again from this batch.
+                again = [step for step, _, _ in pending]
+                self._abandon(pending)
+                pending.clear()
+                self._build(len(again))
+                pending.extend(self._submit(step) for step in again)
+        images = self._take(outputs)
+        read = np.asarray(sizes.as_tensor()).reshape(-1)
+        self._pipe.release_outputs()
+        indices = views.indices.copy()
+        for row in np.flatnonzero(read != self._index.bytes[indices]).tolist():
+            if row not in overlays:  # not the file that was indexed: Pillow has the say
+                overlays[row] = self._pool.submit(self._render, views, row)
+        for row, overlay in overlays.items():
+            pixels, indices[row] = overlay.result()
+            patch = torch.from_numpy(pixels.copy())
+            images[row].copy_(patch.pin_memory() if images.is_cuda else patch, non_blocking=True)
+        pending.popleft()
+        return self._batch(images, torch.from_numpy(indices))
+
+    def _take(self, outputs) -> torch.Tensor:
+        images = torch.from_dlpack(outputs.as_tensor())
+        if not images.is_cuda:
+            return images  # DALI gives the memory away: it is freed with the tensor
+        # A copy on the consumer's stream (a twentieth of a millisecond) puts the batch into torch's allocator, which
+        # knows when work that was only enqueued is done with it; DALI's allocator does not.
+        return images.clone()
+
+    def _left_to_pillow(self, views: Views) -> np.ndarray:
+        left = ~self._index.plain[views.indices]
+        left |= views.resized.prod(axis=1) > LARGEST_RESIZED
+        for row, i in enumerate(views.indices.tolist()):
+            if i in self._refused or i in self._faults:
+                left[row] = True
+        return left
+
+    def _feed(self, pipe, views: Views, stand_ins: list[int]) -> None:
+        paths = [np.frombuffer(self._index.path_bytes(i), np.uint8) for i in views.indices.tolist()]
+        boxes, resized, offsets = views.boxes.copy(), views.resized.astype(np.float32), views.offsets.astype(np.int32)
+        for row in stand_ins:
+            paths[row] = self._stand_in.path
+        boxes[stand_ins] = (0, 0, 1, 1)
+        resized[stand_ins] = self._steps.size
+        offsets[stand_ins] = 0
+        pipe.feed_input("paths", paths)
+        pipe.feed_input("starts", np.ascontiguousarray(boxes[:, :2]))
+        pipe.feed_input("shapes", np.ascontiguousarray(boxes[:, 2:]))
+        pipe.feed_input("flips", views.flips.astype(np.int32))
+        if self._steps.windowed:
+            pipe.feed_input("resized", resized)
+            pipe.feed_input("offsets", offsets)
+
+    def _build(self, depth: int) -> None:
+        self._depth = max(1, depth)
+        self._fed = 0
+        self._pipe = self._pipeline(self._steps.rows_per_batch, self._threads, self._depth)
+
+    def _pipeline(self, rows: int, threads: int, depth: int):
+        return build_pipeline(
+            rows=rows,
+            size=self._steps.size,
+            windowed=self._steps.windowed,
+            interpolation=self._steps.interpolation,
+            device_index=(self._device.index or 0) if self._device.type == "cuda" else None,
+            threads=threads,
+            prefetch=depth,
+            decoding=self._decoding,
+        )
+
+    def _recover(self, views: Views, error: RuntimeError) -> None:
+        """Find the images of a failed batch that DALI refuses, so that Pillow renders or replaces them."""
+        left = self._left_to_pillow(views)
+        rows = [row for row in range(len(views)) if not left[row]]
+        refused = [row for row in rows if not self._decodes_alone(views, row)]
+        if not refused:
+            raise error  # not for a file: a driver, memory or a bug
+        self._refused.update(views.indices[refused].tolist())
+
+    def _decodes_alone(self, views: Views, row: int) -> bool:
+        one = Views(
+            *(part[row : row + 1] for part in (views.indices, views.boxes, views.resized, views.offsets, views.flips))
+        )
+        try:
+            pipe = self._pipeline(1, 1, 1)
+            self._feed(pipe, one, [])
+            pipe.schedule_run()
+            pipe.share_outputs()
+            return True
+        except RuntimeError:
+            return False
+
+    def _abandon(self, pending: deque) -> None:
+        for _, _, overlays in pending:
+            for overlay in overlays.values():
+                overlay.cancel()
+        if pending:
+            self._pipe = None
+
+    def close(self) -> None:
+        super().close()
+        self._pipe = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stand_in.close()
+
+
+class _StandIn:
+    """A tiny JPEG for DALI to decode in rows that Pillow renders; in memory, so that nothing is left behind."""
+
+    def __init__(self):
+        jpeg = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+        self._file = os.fdopen(os.memfd_create("mealfast-stand-in"), "wb")
+        self._file.write(jpeg.getvalue())
+        self._file.flush()
+        self.path = np.frombuffer(f"/proc/self/fd/{self._file.fileno()}".encode(), np.uint8)
+
+    def close(self) -> None:
+        self._file.close()

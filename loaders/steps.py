@@ -1,0 +1,153 @@
+"""Which views every step shows: the plan cut into global batches and ranks, and the evaluation crops in order."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from .batch import DataError
+from .index import ImageIndex
+from .views import EvalViews, ViewPlan
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one batch. Each is cut from its image, resized, windowed to the loader's size, then flipped."""
+
+    indices: np.ndarray  # int64 [B], rows of the ImageIndex
+    boxes: np.ndarray  # int32 [B, 4] x, y, width, height: what is cut out of the image
+    resized: np.ndarray  # int64 [B, 2] width, height after resizing
+    offsets: np.ndarray  # int64 [B, 2] x, y where the window begins in the resized crop; negative: black border
+    flips: np.ndarray  # bool [B]
+    number: int = 0  # of the view in the plan
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class TrainSteps:
+    """Steps start_step..stop_step of a plan for one rank; the remainder of each epoch is dropped."""
+
+    windowed = False  # views are resized to exactly the loader's size
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        plan: ViewPlan,
+        *,
+        batch_size: int,
+        start_step: int,
+        stop_step: int,
+        rank: int,
+        world_size: int,
+    ):
+        """`batch_size` is the global batch. Raises DataError where sizes and ranks do not fit."""
+        check_rank(rank, world_size)
+        if len(plan) != len(index):
+            raise DataError(f"view plan: made for {len(plan)} images, but the index holds {len(index)}")
+        if batch_size < 1 or batch_size % world_size:
+            raise DataError(f"--batch-size {batch_size}: must be a multiple of the {world_size} processes")
+        if batch_size > len(index):
+            raise DataError(f"--batch-size {batch_size}: must be at most the {len(index)} training images")
+        if not 0 <= start_step <= stop_step:
+            raise DataError(f"steps {start_step} to {stop_step}: must be 0 <= start <= stop")
+        self.size, self.interpolation = plan.size, plan.interpolation
+        self.rows_per_batch = batch_size // world_size
+        self._batch_size, self._start, self._stop, self._rank = batch_size, start_step, stop_step, rank
+        self._steps_per_epoch = len(index) // batch_size
+        self._epochs = _PlannedEpochs(plan, last=(stop_step - 1) // self._steps_per_epoch)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def views(self, k: int) -> Views:
+        """The views of step start_step + k."""
+        epoch, step = divmod(self._start + k, self._steps_per_epoch)
+        order, boxes, flips = self._epochs.get(epoch)
+        first = step * self._batch_size + self._rank * self.rows_per_batch
+        indices = order[first : first + self.rows_per_batch]
+        return self._views(indices, boxes, flips, epoch)
+
+    def substitutes(self, views: Views, row: int):
+        """Other views, one at a time, to show instead of `views[row]`: the next images of the index, same epoch."""
+        _, boxes, flips = self._epochs.get(views.number)
+        for distance in range(1, len(boxes)):
+            yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.number)
+
+    def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
+        resized = np.full((len(indices), 2), self.size, np.int64)
+        return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], epoch)
+
+    def close(self) -> None:
+        self._epochs.close()
+
+
+class EvalSteps:
+    """Every image of the index once over all ranks, in order: rank r shows rows r, r + world_size, ..."""
+
+    windowed = True
+
+    def __init__(self, index: ImageIndex, views: EvalViews, *, batch_size: int, rank: int, world_size: int):
+        """`batch_size` is this rank's. Raises DataError where it or the rank is out of range."""
+        check_rank(rank, world_size)
+        if batch_size < 1:
+            raise DataError(f"--batch-size {batch_size}: must be at least 1")
+        self.size, self.interpolation = views.size, views.interpolation
+        self._rows = np.arange(rank, len(index), world_size, dtype=np.int64)
+        self.rows_per_batch = min(batch_size, max(len(self._rows), 1))
+        self._widths, self._heights = index.widths, index.heights
+        self._resized, self._offsets = views.geometry(index.widths, index.heights)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.rows_per_batch)
+
+    def views(self, k: int) -> Views:
+        """The views of batch k; the last one is smaller where the images do not divide."""
+        indices = self._rows[k * self.rows_per_batch : (k + 1) * self.rows_per_batch]
+        w, h = self._widths[indices], self._heights[indices]
+        boxes = np.stack([np.zeros_like(w), np.zeros_like(w), w, h], axis=1)
+        return Views(indices, boxes, self._resized[indices], self._offsets[indices], np.zeros(len(indices), bool))
+
+    def substitutes(self, views: Views, row: int):
+        """None: an evaluation that leaves an image out is not one."""
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+class _PlannedEpochs:
+    """Plans of the epochs in use; asking for one starts planning the next, so that no step waits for it."""
+
+    def __init__(self, plan: ViewPlan, last: int):
+        self._plan, self._last = plan, last
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mealfast-plan")
+        self._plans: dict[int, Future] = {}
+
+    def get(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(order int64 [N], boxes int32 [N, 4], flips bool [N]) of an epoch."""
+        with self._lock:
+            for number in (epoch, epoch + 1):
+                if number not in self._plans and number <= max(epoch, self._last):
+                    self._plans[number] = self._thread.submit(self._make, number)
+            # The epoch before may still be asked for: a batch planned in it can need a substitute.
+            for number in [number for number in self._plans if not epoch - 1 <= number <= epoch + 1]:
+                del self._plans[number]
+            future = self._plans[epoch]
+        return future.result()
+
+    def _make(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._plan.order(epoch), *self._plan.views(self._plan.view_of_epoch(epoch))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise DataError unless 0 <= rank < world_size."""
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}")

@@ -1,0 +1,85 @@
+"""What both backends share: a window of batches in flight, in the order of the steps."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from .batch import Batch
+from .faults import Faults
+from .index import ImageIndex
+from .probe_pool import core_count
+from .render import RowRenderer
+from .steps import EvalSteps, TrainSteps
+
+
+class StreamLoader(ABC):
+    """A Loader that keeps `prefetch` batches in flight ahead of its consumer. Each `iter` starts at the first step."""
+
+    def __init__(
+        self, index: ImageIndex, steps: TrainSteps | EvalSteps, device: torch.device, threads: int, prefetch: int
+    ):
+        self._index, self._steps, self._device = index, steps, device
+        self._threads, self._prefetch = threads, prefetch
+        self._labels = torch.from_numpy(index.labels)
+        self._faults = Faults(index)
+        self._render = RowRenderer(index, steps, self._faults)
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Relative path -> reason of the files that broke or vanished after the scan; other views stand in for them."""
+        return self._faults.reasons
+
+    @property
+    def replaced_count(self) -> int:
+        """Views replaced so far."""
+        return self._faults.views
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        todo = iter(range(len(self._steps)))
+        pending: deque = deque()
+        try:
+            for k in islice(todo, self._prefetch):
+                pending.append(self._submit(k))
+            while pending:
+                batch = self._collect(pending)
+                for k in islice(todo, 1):
+                    pending.append(self._submit(k))
+                yield batch
+        finally:
+            self._abandon(pending)
+
+    @abstractmethod
+    def _submit(self, k: int):
+        """Start work on the batch of step k; returns what `_collect` needs."""
+
+    @abstractmethod
+    def _collect(self, pending: deque) -> Batch:
+        """Take the first submitted batch off `pending` and finish it."""
+
+    @abstractmethod
+    def _abandon(self, pending: deque) -> None:
+        """Forget what is in flight: empty at the normal end, not when the consumer leaves early."""
+
+    def _batch(self, images: torch.Tensor, indices: torch.Tensor) -> Batch:
+        labels = self._labels[indices]
+        if self._device.type == "cuda":
+            labels, indices = (part.pin_memory().to(self._device, non_blocking=True) for part in (labels, indices))
+        return Batch(images, labels, indices)
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self._steps.close()
+
+
+def default_threads() -> int:
+    """This process's share of the cores it may use, one at least."""
+    return max(1, core_count() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
