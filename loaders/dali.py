@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -71,10 +72,12 @@ class DaliLoader(StreamLoader):
         for row in np.flatnonzero(read != self._index.bytes[indices]).tolist():
             if row not in overlays:  # not the file that was indexed: Pillow has the say
                 overlays[row] = self._pool.submit(self._render, views, row)
-        for row, overlay in overlays.items():
-            pixels, indices[row] = overlay.result()
-            patch = torch.from_numpy(pixels.copy())
-            images[row].copy_(patch.pin_memory() if images.is_cuda else patch, non_blocking=True)
+        if overlays:
+            rows = sorted(overlays)
+            pixels, indices[rows] = zip(*(overlays[row].result() for row in rows), strict=True)
+            images.index_copy_(
+                0, self._to_device(torch.tensor(rows)), self._to_device(torch.from_numpy(np.stack(pixels)))
+            )
         pending.popleft()
         return self._batch(images, torch.from_numpy(indices))
 
@@ -129,17 +132,23 @@ class DaliLoader(StreamLoader):
 
     def _recover(self, views: Views, error: RuntimeError) -> None:
         """Find the images of a failed batch that DALI refuses, so that Pillow renders or replaces them."""
-        left = self._left_to_pillow(views)
-        rows = [row for row in range(len(views)) if not left[row]]
-        refused = [row for row in rows if not self._decodes_alone(views, row)]
+        rows = np.flatnonzero(~self._left_to_pillow(views)).tolist()
+        refused = [row for row in rows if self._changed(views.indices[row])]
+        if not refused:  # not to be seen from outside: DALI tries them one by one
+            refused = [row for row in rows if not self._decodes_alone(views, row)]
         if not refused:
             raise error  # not for a file: a driver, memory or a bug
         self._refused.update(views.indices[refused].tolist())
 
+    def _changed(self, i: int) -> bool:
+        try:
+            return os.stat(self._index.path_bytes(i)).st_size != self._index.bytes[i]
+        except OSError:
+            return True
+
     def _decodes_alone(self, views: Views, row: int) -> bool:
-        one = Views(
-            *(part[row : row + 1] for part in (views.indices, views.boxes, views.resized, views.offsets, views.flips))
-        )
+        parts = (views.indices, views.boxes, views.resized, views.offsets, views.flips)
+        one = Views(*(part[row : row + 1] for part in parts))
         try:
             pipe = self._pipeline(1, 1, 1)
             self._feed(pipe, one, [])
@@ -169,10 +178,7 @@ class _StandIn:
     def __init__(self):
         jpeg = io.BytesIO()
         Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
-        self._file = os.fdopen(os.memfd_create("mealfast-stand-in"), "wb")
-        self._file.write(jpeg.getvalue())
-        self._file.flush()
-        self.path = np.frombuffer(f"/proc/self/fd/{self._file.fileno()}".encode(), np.uint8)
-
-    def close(self) -> None:
-        self._file.close()
+        fd = os.memfd_create("mealfast-stand-in")
+        os.write(fd, jpeg.getvalue())
+        self.path = np.frombuffer(f"/proc/self/fd/{fd}".encode(), np.uint8)
+        self.close = weakref.finalize(self, os.close, fd)

@@ -21,9 +21,6 @@ class Faults:
         self._reasons: dict[int, str] = {}
         self.views = 0  # replaced so far
 
-    def __getitem__(self, i: int) -> str:
-        return self._reasons[i]
-
     def __contains__(self, i: int) -> bool:
         return i in self._reasons
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from PIL import Image
 
 from .batch import DataError
 from .faults import Faults
 from .index import ImageIndex
-from .probe import reason
+from .probe import open_image, reason
 from .steps import EvalSteps, TrainSteps, Views
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -18,9 +16,6 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 # A strip of 1 x 5000 pixels resized to a shorter side of 256 would take a gigabyte: beyond this many pixels only the
 # window is computed, which differs from resizing the whole at the rounding of its edges.
 LARGEST_RESIZED = 1 << 26
-
-# Pillow's limit against decompression bombs stays on; its warning at half that size is not news for each epoch.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class RowRenderer:
@@ -32,16 +27,13 @@ class RowRenderer:
 
     def __call__(self, views: Views, row: int) -> tuple[np.ndarray, int]:
         """(uint8 [size, size, 3], index of the image shown). Raises DataError where nothing honest can be shown."""
-        pixels = self._try(views, row)
-        if pixels is not None:
+        if (pixels := self._try(views, row)) is not None:
             return pixels, int(views.indices[row])
         for other in self._steps.substitutes(views, row):
-            pixels = self._try(other, 0)
-            if pixels is not None:
+            if (pixels := self._try(other, 0)) is not None:
                 self._faults.count_view()
                 return pixels, int(other.indices[0])
-        i = int(views.indices[row])
-        raise DataError(f"{self._index.path(i)}: {self._faults[i]}; mend or remove the file and start again")
+        raise DataError(f"{self._index.root}: no image is left that can be opened")
 
     def _try(self, views: Views, row: int) -> np.ndarray | None:
         i = int(views.indices[row])
@@ -50,14 +42,17 @@ class RowRenderer:
         try:
             return self._render(i, views, row)
         except Exception as error:  # hostile files raise anything
+            if not self._steps.replaceable:
+                path = self._index.path(i)
+                raise DataError(f"{path}: {reason(error)}; mend or remove the file and start again") from None
             self._faults.add(i, reason(error))
             return None
 
     def _render(self, i: int, views: Views, row: int) -> np.ndarray:
-        with Image.open(self._index.path_bytes(i)) as image:
+        with open_image(self._index.path_bytes(i)) as image:
             expected = (int(self._index.widths[i]), int(self._index.heights[i]))
             if image.size != expected:
-                raise ValueError(f"was {expected[0]} x {expected[1]} pixels when indexed, is {image.size}")
+                raise ValueError("its size in pixels changed since it was indexed")
             if image.mode != "RGB":
                 image = image.convert("RGB")
             x, y, w, h = views.boxes[row].tolist()

@@ -32,6 +32,7 @@ class TrainSteps:
     """Steps start_step..stop_step of a plan for one rank; the remainder of each epoch is dropped."""
 
     windowed = False  # views are resized to exactly the loader's size
+    replaceable = True  # another view may stand in for one whose file broke
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class EvalSteps:
     """Every image of the index once over all ranks, in order: rank r shows rows r, r + world_size, ..."""
 
     windowed = True
+    replaceable = False  # an evaluation that leaves an image out is not one
 
     def __init__(self, index: ImageIndex, views: EvalViews, *, batch_size: int, rank: int, world_size: int):
         """`batch_size` is this rank's. Raises DataError where it or the rank is out of range."""
@@ -112,7 +114,7 @@ class EvalSteps:
         return Views(indices, boxes, self._resized[indices], self._offsets[indices], np.zeros(len(indices), bool))
 
     def substitutes(self, views: Views, row: int):
-        """None: an evaluation that leaves an image out is not one."""
+        """None."""
         return ()
 
     def close(self) -> None:

@@ -70,10 +70,12 @@ class StreamLoader(ABC):
         """Forget what is in flight: empty at the normal end, not when the consumer leaves early."""
 
     def _batch(self, images: torch.Tensor, indices: torch.Tensor) -> Batch:
-        labels = self._labels[indices]
-        if self._device.type == "cuda":
-            labels, indices = (part.pin_memory().to(self._device, non_blocking=True) for part in (labels, indices))
-        return Batch(images, labels, indices)
+        return Batch(images, self._to_device(self._labels[indices]), self._to_device(indices))
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """Stop the loader's threads."""
