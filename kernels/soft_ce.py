@@ -1,16 +1,25 @@
-"""Ensemble soft cross-entropy: the distillation loss of MEAL V2 (Eq. 1 to 3).
+"""Ensemble soft cross-entropy, the distillation loss of MEAL V2 (Eq. 1 to 3): public functions and custom ops.
 
 Shape legend: B batch, K teachers, C classes.
+
+On a GPU the forward launch also writes the student's gradient, for an upstream gradient of 1 (which is what
+`loss.backward()` sends). Backward looks at the upstream gradient on the device, without a sync: where it is 1 there is
+nothing left to do, and elsewhere the kernel runs again with it, so that the gradient is rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import reference
 from .arguments import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
+from .dispatch import TRITON, unit_stride, uses_triton
+
+if TRITON:
+    from . import soft_ce_triton
 
 
 def ensemble_target(
@@ -58,8 +67,8 @@ def ensemble_soft_cross_entropy(
         weights: K non-negative numbers w, scaled to sum to one; None weighs the teachers equally.
         temperature: T, positive.
         reduction: "mean" over B, "sum" over B, or "none".
-        return_kl: also return MEAL V2's Eq. 2, KL(P || student) = loss - entropy(P), reduced in the same way and without
-            gradient.
+        return_kl: also return MEAL V2's Eq. 2, KL(P || student) = loss - entropy(P), reduced in the same way and
+            without gradient.
 
     Returns:
         The loss in nats, float32 (float64 where an input is float64): a scalar, or [B] with "none". With `return_kl`,
@@ -70,6 +79,9 @@ def ensemble_soft_cross_entropy(
         sample's loss +inf; a NaN makes its sample's loss and gradient NaN, and no other sample's; the mean of an empty
         batch is NaN (as in torch.nn.functional.cross_entropy), its sum 0.
 
+    On a GPU one launch reads every logit once and writes the loss, the KL and the gradient, rows of unit stride as they
+    stand (others are copied first). Let this function take the mean: backward is free when the upstream gradient is 1.
+
     Raises:
         ValueError: shapes or devices that differ (the line names both), or an option out of its range.
     """
@@ -79,16 +91,95 @@ def ensemble_soft_cross_entropy(
     check_reduction(reduction)
     temperature = check_temperature(temperature)
     weights = as_weights(weights, len(teachers))
+    teachers = [teacher.detach() for teacher in teachers]
 
-    target = reference.ensemble_target([teacher.detach() for teacher in teachers], weights, temperature)
-    loss = reference.soft_cross_entropy(student_logits, target, temperature)
+    if uses_triton(student_logits, *teachers):
+        with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+        rows = unit_stride(student_logits), *map(unit_stride, teachers)
+        loss, kl = _EnsembleSoftCE.apply(weights, temperature, reduction, return_kl, with_gradient, *rows)
+        return (loss, kl) if return_kl else loss
+
+    target = reference.ensemble_target(teachers, weights, temperature)
+    samples = reference.soft_cross_entropy(student_logits, target, temperature)
+    loss = reference.reduced(samples, reduction)
     if not return_kl:
-        return _reduce(loss, reduction)
-    kl = loss.detach() - reference.entropy(target)
-    return _reduce(loss, reduction), _reduce(kl, reduction)
+        return loss
+    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction)
 
 
-def _reduce(samples: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return samples
-    return samples.mean() if reduction == "mean" else samples.sum()
+@torch.library.custom_op("mealfast::ensemble_soft_ce", mutates_args=())
+def ensemble_soft_ce(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    temperature: float,
+    reduction: str,
+    with_kl: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL and the student's gradient for an upstream of 1; what was not asked for is empty."""
+    samples = student.new_empty(student.shape[0], dtype=torch.float32)
+    kl = torch.empty_like(samples) if with_kl else None
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if with_gradient else None
+    factor = _factor(student, reduction)
+    soft_ce_triton.forward(student, teachers, weights, samples, kl, gradient, factor, temperature)
+    return (
+        reference.reduced(samples, reduction),
+        student.new_empty(0, dtype=torch.float32) if kl is None else reference.reduced(kl, reduction),
+        student.new_empty(0) if gradient is None else gradient,
+    )
+
+
+@ensemble_soft_ce.register_fake
+def _(student, teachers, weights, temperature, reduction, with_kl, with_gradient):
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=torch.float32)
+    return (
+        loss,
+        torch.empty_like(loss) if with_kl else loss.new_empty(0),
+        student.new_empty(student.shape) if with_gradient else student.new_empty(0),
+    )
+
+
+@torch.library.custom_op("mealfast::ensemble_soft_ce_backward", mutates_args=("gradient",))
+def ensemble_soft_ce_backward(
+    gradient: Tensor,
+    upstream: Tensor,
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    temperature: float,
+    reduction: str,
+) -> None:
+    """Turns the gradient for an upstream of 1, in place, into the one for `upstream`, a scalar or [B]."""
+    factor = _factor(student, reduction)
+    soft_ce_triton.backward(student, teachers, weights, gradient, upstream, factor, temperature)
+
+
+def _factor(student: Tensor, reduction: str) -> float:
+    return 1.0 / max(student.shape[0], 1) if reduction == "mean" else 1.0
+
+
+class _EnsembleSoftCE(torch.autograd.Function):
+    """Backward owns the gradient that forward wrote, and hands it on: no copy, nothing kept."""
+
+    @staticmethod
+    def forward(ctx, weights, temperature, reduction, with_kl, with_gradient, student, *teachers):
+        loss, kl, gradient = ensemble_soft_ce(
+            student, teachers, weights, temperature, reduction, with_kl, with_gradient
+        )
+        ctx.save_for_backward(student, *teachers)
+        ctx.options = (weights, temperature, reduction)
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(kl)
+        return loss, kl
+
+    @staticmethod
+    def backward(ctx, upstream, _kl):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else a gradient penalty would be ignored
+            raise RuntimeError("ensemble_soft_cross_entropy has no second derivative: create_graph=True cannot work")
+        student, *teachers = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:  # a retained graph, again: the first backward's gradient is its caller's now
+            *_, gradient = ensemble_soft_ce(student, teachers, *ctx.options, False, True)
+        ensemble_soft_ce_backward(gradient, upstream, student, teachers, *ctx.options)
+        return None, None, None, None, None, gradient, *[None] * len(teachers)

@@ -1,0 +1,143 @@
+"""What the kernels share: one row of logits at a time, by one program, in float32.
+
+Shape legend: B batch, K teachers, C classes. A row of C <= ROW_LIMIT is held in registers, BLOCK >= C lanes at once. A
+longer row is swept in chunks of BLOCK, twice: first for each tensor's maximum and sum, then for the result. The second
+sweep finds the row in the L2 cache, so that each logit crosses the memory bus once either way.
+
+Exponentials are exp(x / T) = exp2(x * log2e_over_t), with log2e_over_t = log2(e) / T: one multiply and one instruction.
+Strides and C are constexpr: that is how Triton sees that a row of 1000 bfloat16 begins at a multiple of 16 bytes, and
+loads 128 bits at a time (an integer argument is only ever known to be a multiple of 16 elements, which 1000 is not).
+"""
+
+# ruff: noqa: N803 (constants of a kernel are in capitals)
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+ROW_LIMIT = 4096
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+def blocks(classes: int) -> tuple[int, int]:
+    """BLOCK and the number of warps for rows of C classes: 8 logits a thread, which is 128 bits of a 16-bit dtype."""
+    block = min(triton.next_power_of_2(classes), ROW_LIMIT)
+    return block, max(1, block // 256)
+
+
+def assert_rows(logits: torch.Tensor, like: torch.Tensor) -> None:
+    assert logits.shape == like.shape, (logits.shape, like.shape)
+    assert logits.device == like.device, (logits.device, like.device)
+    assert logits.stride(1) == 1, logits.stride()
+
+
+@triton.jit
+def load_logits(
+    row,  # pointer to [C]
+    first,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):
+    """Logits first to first + BLOCK - 1 of a row in the row's dtype, -inf beyond C."""
+    classes = first + tl.arange(0, BLOCK)
+    return tl.load(row + classes, mask=classes < C, other=-float("inf"), eviction_policy=EVICT)
+
+
+@triton.jit
+def store_row(row, first, values, C: tl.constexpr, BLOCK: tl.constexpr):
+    classes = first + tl.arange(0, BLOCK)
+    tl.store(row + classes, values.to(row.dtype.element_ty), mask=classes < C)
+
+
+@triton.jit
+def log_sum(others, ties):
+    """log(ties + others), where others is the sum of exp(s - max s) over all but the largest and ties counts those.
+
+    In the shape of log1p: with one confident class the result is about `others`, far below the precision of 1 + others.
+    """
+    x = others + (ties - 1.0)
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def max_and_sum(row, log2e_over_t, C: tl.constexpr, BLOCK: tl.constexpr):
+    """First sweep over a long row [C]: m = max x, and sum exp((x - m) / T), with one exponential a logit.
+
+    Each lane keeps its own running maximum and sum, so that the loop holds no barrier.
+    """
+    top = load_logits(row, 0, C, BLOCK, "evict_last").to(tl.float32)
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    for first in tl.range(BLOCK, C, BLOCK, loop_unroll_factor=2):
+        x = load_logits(row, first, C, BLOCK, "evict_last").to(tl.float32)
+        # Of exp(x - m) and exp(m - m_old), one is always 1. Equal values are -inf - -inf for masked classes: not NaN.
+        e = tl.where(x == top, 1.0, tl.exp2(-tl.abs(x - top) * log2e_over_t))
+        total = tl.where(x > top, total * e + 1.0, total + e)
+        top = tl.maximum(top, x)
+    m = tl.max(top, 0)
+    return m, tl.sum(total * tl.exp2((top - m) * log2e_over_t), 0)
+
+
+@triton.jit
+def target_row(
+    teachers,  # K pointers to [B, C]
+    teacher_strides: tl.constexpr,  # K strides of B, in elements
+    weights,  # K floats that sum to one
+    row,
+    log2e_over_t,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Eq. 1 of one row in registers: P = sum_k w_k exp((t_k - max t_k) / T) / sum exp((t_k - max t_k) / T)."""
+    target = tl.zeros([BLOCK], tl.float32)
+    ahead = load_logits(teachers[0] + row * teacher_strides[0], 0, C, BLOCK)
+    for k in tl.static_range(len(teachers)):
+        logits = ahead.to(tl.float32)
+        if k + 1 < len(teachers):  # the next teacher is on its way while this one is reduced
+            ahead = load_logits(teachers[k + 1] + row * teacher_strides[k + 1], 0, C, BLOCK)
+        e = tl.exp2((logits - tl.max(logits, 0)) * log2e_over_t)
+        target += e * (weights[k] / tl.sum(e, 0))
+    return target
+
+
+@triton.jit
+def teacher_sums(
+    teachers,  # K pointers to [B, C]
+    teacher_strides: tl.constexpr,
+    weights,  # K floats that sum to one
+    row,
+    log2e_over_t,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """First sweep over K long rows: K maxima, and K factors w_k / sum exp((t_k - max t_k) / T)."""
+    tops = ()
+    factors = ()
+    for k in tl.static_range(len(teachers)):
+        top, total = max_and_sum(teachers[k] + row * teacher_strides[k], log2e_over_t, C, BLOCK)
+        tops = tops + (top,)  # noqa: RUF005 (Triton has no starred tuples)
+        factors = factors + (weights[k] / total,)  # noqa: RUF005
+    return tops, factors
+
+
+@triton.jit
+def target_chunk(
+    teachers,  # K pointers to [B, C]
+    teacher_strides: tl.constexpr,
+    tops,
+    factors,
+    row,
+    first,
+    log2e_over_t,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Second sweep: Eq. 1 for BLOCK classes of one row, from `teacher_sums`."""
+    target = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(len(teachers)):
+        logits = load_logits(teachers[k] + row * teacher_strides[k], first, C, BLOCK, "evict_first").to(tl.float32)
+        target += tl.exp2((logits - tops[k]) * log2e_over_t) * factors[k]
+    return target

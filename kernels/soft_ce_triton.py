@@ -1,0 +1,265 @@
+"""Ensemble soft cross-entropy in Triton: loss, KL and the student's gradient in one launch.
+
+    P    = sum_k w_k softmax(t_k / T)                    (MEAL V2, Eq. 1)
+    d    = s - max s,  e = exp(d / T),  Z = sum_c e
+    loss = log Z - sum_c P d / T                         (Eq. 3; both terms are 0 or more: nothing cancels)
+    kl   = loss + sum_c P log P                          (Eq. 2)
+    g    = (e / Z - P) * factor / T                      the student's gradient; factor: upstream, and 1/B for a mean
+
+Shape legend: B batch, K teachers, C classes.
+"""
+
+# ruff: noqa: N803, N806 (constants of a kernel are in capitals)
+
+import torch
+import triton
+import triton.language as tl
+
+from .row_triton import (
+    LOG2E,
+    assert_rows,
+    blocks,
+    load_logits,
+    log_sum,
+    max_and_sum,
+    store_row,
+    target_chunk,
+    target_row,
+    teacher_sums,
+)
+
+# Enough programs to fill any GPU of today with the backward kernel; beyond it each takes several rows.
+BACKWARD_PROGRAMS = 4096
+
+
+@triton.jit
+def _one_row(
+    student,  # [B, C]
+    teachers,  # K pointers to [B, C]
+    weights,  # K floats that sum to one
+    loss,  # float32 [B], or None
+    kl,  # float32 [B], or None
+    gradient,  # [B, C], contiguous, or None
+    row,
+    factor,
+    temperature,
+    student_stride: tl.constexpr,
+    teacher_strides: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row that fits in registers: each logit is loaded once."""
+    c = LOG2E / temperature
+    student_logits = load_logits(student + row * student_stride, 0, C, BLOCK)  # first, to arrive while teachers reduce
+    target = target_row(teachers, teacher_strides, weights, row, c, C, BLOCK)
+    s = student_logits.to(tl.float32)
+    d = s - tl.max(s, 0)
+    e = tl.exp2(d * c)
+    others = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
+    ties = tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
+    if loss is not None:
+        value = log_sum(others, ties) - tl.sum(tl.where(target == 0.0, 0.0, target * d), 0) / temperature
+        tl.store(loss + row, value)
+        if kl is not None:
+            tl.store(kl + row, value + tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0))
+    if gradient is not None:
+        g = (e * (1.0 / (others + ties)) - target) * (factor / temperature)
+        store_row(gradient + row * C, 0, g, C, BLOCK)
+
+
+@triton.jit
+def _long_row(
+    student,  # [B, C]
+    teachers,  # K pointers to [B, C]
+    weights,  # K floats that sum to one
+    loss,  # float32 [B], or None
+    kl,  # float32 [B], or None
+    gradient,  # [B, C], contiguous, or None
+    row,
+    factor,
+    temperature,
+    student_stride: tl.constexpr,
+    teacher_strides: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row of several chunks, swept twice."""
+    c = LOG2E / temperature
+    tops, factors = teacher_sums(teachers, teacher_strides, weights, row, c, C, BLOCK)
+    top, z = max_and_sum(student + row * student_stride, c, C, BLOCK)
+    others = 0.0
+    ties = 0.0
+    expected_d = 0.0
+    negative_entropy = 0.0
+    for first in tl.range(0, C, BLOCK):
+        target = target_chunk(teachers, teacher_strides, tops, factors, row, first, c, C, BLOCK)
+        d = load_logits(student + row * student_stride, first, C, BLOCK, "evict_first").to(tl.float32) - top
+        e = tl.exp2(d * c)
+        if loss is not None:
+            others += tl.sum(tl.where(d == 0.0, 0.0, e), 0)
+            ties += tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
+            expected_d += tl.sum(tl.where(target == 0.0, 0.0, target * d), 0)
+            if kl is not None:
+                negative_entropy += tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0)
+        if gradient is not None:
+            g = (e * (1.0 / z) - target) * (factor / temperature)
+            store_row(gradient + row * C, first, g, C, BLOCK)
+    if loss is not None:
+        value = log_sum(others, ties) - expected_d / temperature
+        tl.store(loss + row, value)
+        if kl is not None:
+            tl.store(kl + row, value + negative_entropy)
+
+
+@triton.jit
+def forward_kernel(
+    student,  # [B, C]
+    teachers,  # K pointers to [B, C]
+    weights,  # K floats that sum to one
+    loss,  # float32 [B]
+    kl,  # float32 [B], or None
+    gradient,  # [B, C], contiguous, or None
+    factor,
+    temperature,
+    student_stride: tl.constexpr,
+    teacher_strides: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    do_row: tl.constexpr = _one_row if BLOCK >= C else _long_row
+    do_row(
+        student,
+        teachers,
+        weights,
+        loss,
+        kl,
+        gradient,
+        row,
+        factor,
+        temperature,
+        student_stride,
+        teacher_strides,
+        C,
+        BLOCK,
+    )
+
+
+@triton.jit
+def backward_kernel(
+    student,  # [B, C]
+    teachers,  # K pointers to [B, C]
+    weights,  # K floats that sum to one
+    gradient,  # [B, C], contiguous: holds the gradient for an upstream of 1
+    upstream,  # float32 [B], or [1] with upstream_stride 0
+    B,
+    factor,
+    temperature,
+    upstream_stride: tl.constexpr,
+    student_stride: tl.constexpr,
+    teacher_strides: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The rows whose upstream gradient is not 1, anew: rounded once, so that a loss scale saves small float16 ones."""
+    do_row: tl.constexpr = _one_row if BLOCK >= C else _long_row
+    for row in tl.range(tl.program_id(0).to(tl.int64), B, tl.num_programs(0)):
+        scale = tl.load(upstream + row * upstream_stride)
+        if scale != 1.0:
+            do_row(
+                student,
+                teachers,
+                weights,
+                None,
+                None,
+                gradient,
+                row,
+                scale * factor,
+                temperature,
+                student_stride,
+                teacher_strides,
+                C,
+                BLOCK,
+            )
+
+
+def forward(
+    student: torch.Tensor,
+    teachers: list[torch.Tensor],
+    weights: list[float],
+    loss: torch.Tensor,
+    kl: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    factor: float,
+    temperature: float,
+) -> None:
+    """Fills loss [B], kl [B] and the gradient [B, C] of factor * loss; shapes as in `forward_kernel`."""
+    _assert_inputs(student, teachers, weights, gradient)
+    B, C = student.shape
+    for samples in (loss,) if kl is None else (loss, kl):
+        assert samples.shape == (B,), samples.shape
+        assert samples.dtype == torch.float32, samples.dtype
+        assert samples.is_contiguous()
+    if B == 0:
+        return
+    block, warps = blocks(C)
+    with torch.cuda.device_of(student):
+        forward_kernel[(B,)](
+            student,
+            tuple(teachers),
+            tuple(weights),
+            loss,
+            kl,
+            gradient,
+            factor,
+            temperature,
+            student_stride=student.stride(0),
+            teacher_strides=tuple(t.stride(0) for t in teachers),
+            C=C,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def backward(
+    student: torch.Tensor,
+    teachers: list[torch.Tensor],
+    weights: list[float],
+    gradient: torch.Tensor,
+    upstream: torch.Tensor,
+    factor: float,
+    temperature: float,
+) -> None:
+    """Turns the gradient that `forward` wrote for an upstream of 1 into the one for `upstream`, a scalar or [B]."""
+    _assert_inputs(student, teachers, weights, gradient)
+    B, C = student.shape
+    assert upstream.dtype == torch.float32, upstream.dtype
+    assert upstream.shape in ((), (B,)), upstream.shape
+    if B == 0:
+        return
+    block, warps = blocks(C)
+    with torch.cuda.device_of(student):
+        backward_kernel[(min(B, BACKWARD_PROGRAMS),)](
+            student,
+            tuple(teachers),
+            tuple(weights),
+            gradient,
+            upstream,
+            B,
+            factor,
+            temperature,
+            upstream_stride=upstream.stride(0) if upstream.ndim else 0,
+            student_stride=student.stride(0),
+            teacher_strides=tuple(t.stride(0) for t in teachers),
+            C=C,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def _assert_inputs(student, teachers, weights, gradient) -> None:
+    assert len(teachers) == len(weights)
+    for tensor in (student, *teachers):
+        assert_rows(tensor, student)
+    assert gradient is None or (gradient.shape == student.shape and gradient.is_contiguous())
