@@ -1,0 +1,130 @@
+"""From a recipe to the objects of a run: models on their device, optimiser, wrapped for the processes there are.
+
+Shape legend: B images of this process, H and W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mealfast import models
+from mealfast.discriminator import Discriminator
+from mealfast.errors import UsageError
+from mealfast.objective import Objective
+from mealfast.recipe import Recipe
+from mealfast.runtime import Runtime
+from mealfast.teachers import FrozenEnsemble
+
+
+class Trainee(nn.Module):
+    """What is trained, as one module: student, and in the objective the discriminator. One module is one DDP."""
+
+    def __init__(self, student: models.NormalizedModel, objective: Objective, runtime: Runtime) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self._runtime = runtime
+
+    def forward(self, images: torch.Tensor, teacher_logits: Sequence[torch.Tensor], *rest: Any) -> Any:
+        """uint8 images [B, H, W, 3], K teachers' logits [B, C], what else the objective takes -> (loss, terms)."""
+        with self._runtime.autocast():
+            student_logits = self.student(images)
+        return self.objective(student_logits, teacher_logits, *rest)
+
+
+@dataclass
+class Parts:
+    """The objects of a run. `wrapped` is the trainee behind DDP where there are several processes."""
+
+    trainee: Trainee
+    wrapped: nn.Module
+    teachers: FrozenEnsemble | None
+    teacher_digests: list[str]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    compiled: bool
+
+    @property
+    def student(self) -> models.NormalizedModel:
+        return self.trainee.student
+
+
+def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
+    """Builds everything. Raises UsageError for wrong specs, weights, sizes and combinations."""
+    torch.manual_seed(
+        recipe.seed
+    )  # random weights; the student comes first, so that they do not depend on the teachers
+    student = models.build(recipe.student, recipe.size)
+    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
+    models.check_classes(recipe.teachers, teachers, recipe.student, student.num_classes)
+    digests = [models.digest(teacher) for teacher in teachers]
+    models.check_distinct(recipe.teachers, digests)
+    for model, spec in zip((student, *teachers), (recipe.student, *recipe.teachers), strict=True):
+        models.probe(model, spec, recipe.size)
+
+    mode = recipe.discriminator_mode
+    discriminator = None if mode == "off" else Discriminator(student.num_classes, mode)
+    compile = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
+    trainee = Trainee(student, Objective(recipe.hard_label_weight, discriminator), runtime)
+    trainee.to(runtime.device, memory_format=torch.channels_last).train()
+    if compile:
+        trainee.student.compile()  # in place: the state dict keeps timm's keys
+    ensemble = FrozenEnsemble(teachers, runtime, compile=compile) if teachers else None
+    optimizer = make_optimizer(recipe, trainee, runtime)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
+    wrapped = _distributed(trainee, recipe, runtime)
+    # From here on random numbers are each process's own (dropout, drop path).
+    torch.manual_seed(recipe.seed + 1 + runtime.rank)
+    return Parts(trainee, wrapped, ensemble, digests, optimizer, scaler, compile)
+
+
+def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:
+    """SGD over the student and, in a group with its own learning rate, the discriminator. Raises UsageError."""
+    groups = [{"params": list(trainee.student.parameters()), "base_lr": recipe.lr}]
+    if trainee.objective.discriminator is not None:
+        lr = recipe.lr if recipe.discriminator_lr is None else recipe.discriminator_lr
+        groups.append({"params": list(trainee.objective.discriminator.parameters()), "base_lr": lr})
+    settings = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    else:
+        optimizer = apex_fused_sgd(runtime.device)(groups, **settings)
+    if recipe.momentum > 0:
+        # Zeros now are what the first step would make; a first step that is skipped would leave them uninitialised.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def apex_fused_sgd(device: torch.device) -> type[torch.optim.Optimizer]:
+    """NVIDIA Apex's FusedSGD. Raises UsageError where it is not installed, or is PyPI's package of that name."""
+    if device.type != "cuda":
+        raise UsageError("--optimizer apex-fused-sgd needs a GPU: use --optimizer sgd, which is fused too")
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise UsageError(
+            "--optimizer apex-fused-sgd: NVIDIA Apex is not installed (PyPI's `apex` is another package): "
+            "build it from NVIDIA's source with its CUDA extensions, or use --optimizer sgd"
+        ) from error
+    return FusedSGD
+
+
+def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return trainee
+    return DistributedDataParallel(
+        trainee,
+        device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
+        # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=recipe.accumulate == 1,
+    )

@@ -1,0 +1,144 @@
+"""Checkpoints: written whole or not at all, checked when read, never run as code.
+
+`step-00001000-3f2a9c1d5e6f7a8b.pt` carries the first 16 hex digits of its SHA-256 in its name: one rename publishes
+file and checksum together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mealfast import weights
+from mealfast.errors import UsageError
+
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+FORMAT = "mealfast-checkpoint-1"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, synced to disk, if the block succeeds; else it goes."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp's 0600 would keep a group's members from each other's checkpoints
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """An indented JSON file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of `step` optimiser steps; then only the `keep` newest stay (best.pt is left alone)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+        temporary = Path(scratch) / "checkpoint.pt"
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"step-{step:08d}-{_digest(temporary)}.pt"
+        temporary.replace(path)
+    _sync_folder(folder)
+    for old in candidates(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def mark_best(path: Path) -> None:
+    """Makes `best.pt` beside a checkpoint the same file (a hard link; a copy where the file system has none)."""
+    with replacing(path.parent / "best.pt") as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not named like a checkpoint")
+    return int(match[1])
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its content; a damaged one is named on stderr and passed over."""
+    for path in candidates(folder):
+        match = _NAME.fullmatch(path.name)
+        if match and _digest(path) == match[2]:
+            return path, read(path)
+        print(f"mealfast: warning: {path} is damaged (checksum); using the checkpoint before it", file=sys.stderr)
+    return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors and plain values only. Raises UsageError if it is no mealfast checkpoint."""
+    if not path.is_file():
+        raise UsageError(f"--resume {path}: no such file")
+    try:
+        content = weights.torch_load(path)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--resume {path}: cannot be read ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"--resume {path}: is no mealfast checkpoint (one lies in a run directory's checkpoints/)")
+    return content
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote. Only the main process may call it."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(".writing-"):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.startswith(".") and path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk; not every file system lets a folder be opened or synced.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,54 @@
+"""Model specs: `NAME[.TAG][?key=value&...][@CHECKPOINT]`, the way models are named on the command line."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+from mealfast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed model spec: timm's architecture, pretrained tag, keyword arguments of its constructor, weights file."""
+
+    text: str
+    architecture: str
+    tag: str
+    kwargs: dict[str, Any]
+    checkpoint: str
+
+    @property
+    def timm_name(self) -> str:
+        return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
+
+
+def parse(text: str) -> ModelSpec:
+    """`senet154.gluon_in1k`, `tf_efficientnet_lite1@lite1.pth`, `resnet18?num_classes=10@runs/a/student.safetensors`.
+
+    Raises UsageError with the grammar where the text does not follow it.
+    """
+    name, _, checkpoint = text.partition("@")
+    name, has_kwargs, query = name.partition("?")
+    architecture, _, tag = name.partition(".")
+    if not architecture or text.endswith("@") or (has_kwargs and not query):
+        raise UsageError(f"model spec {text!r}: must be NAME[.TAG][?key=value&...][@CHECKPOINT]")
+    kwargs = {}
+    for pair in filter(None, query.split("&")):
+        key, equals, value = pair.partition("=")
+        if not key.isidentifier() or not equals:
+            raise UsageError(f"model spec {text!r}: {pair!r} must be key=value")
+        kwargs[key] = _literal(value)
+    return ModelSpec(text, architecture, tag, kwargs, checkpoint)
+
+
+def _literal(value: str) -> Any:
+    """Numbers, booleans, None and tuples as Python writes them (true, false, none too); the rest are strings."""
+    plain = {"true": True, "false": False, "none": None}
+    if value.lower() in plain:
+        return plain[value.lower()]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

@@ -1,0 +1,48 @@
+"""A progress bar with images/s and time left on a terminal; plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows optimiser steps. `enabled` is False on all processes but the main one."""
+
+    def __init__(self, total_steps: int, first_step: int, batch_size: int, *, enabled: bool) -> None:
+        self.total_steps, self.step, self.batch_size = total_steps, first_step, batch_size
+        self.enabled = enabled
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def line(self, title: str, values: dict[str, float], images_per_second: float) -> None:
+        """Title, named values and images/s: in the bar, or as a line with the time left."""
+        if not self.enabled:
+            return
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_description_str(title, refresh=False)
+            self.bar.set_postfix_str(f"{images_per_second:,.0f} images/s  {text}")
+            return
+        left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / images_per_second))
+        self.say(
+            f"{title}  step {self.step}/{self.total_steps}  {text}  {images_per_second:,.0f} images/s  {left} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line that does not break the bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

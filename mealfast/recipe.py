@@ -1,0 +1,233 @@
+"""Recipes: typed, named configurations of one training run. Imports no torch, so that `--help` is instant.
+
+Every field of `Recipe` is an option of `mealfast train`: `learning_rate` would be `--learning-rate`. Bad values and bad
+combinations are refused at construction, in one line that names the option to change.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from mealfast.errors import UsageError
+
+# Pinned: timm's untagged names have moved over the years, and the 380 pair without tags is one teacher twice.
+TEACHERS_224 = ("senet154.gluon_in1k", "resnet152s.gluon_in1k")
+TEACHERS_380 = ("tf_efficientnet_b4.ns_jft_in1k", "tf_efficientnet_b4.aa_in1k")
+
+
+def option(default: Any, group: str, help: str, **extra: Any) -> Any:
+    """A dataclass field that carries what the command line needs to know of it."""
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. Defaults are the paper's (MEAL V2, arXiv 2009.08453) where the paper says anything."""
+
+    # Models
+    teachers: tuple[str, ...] = option(
+        (), "models", "model specs of the ensemble; none trains on labels alone", metavar="SPEC"
+    )
+    student: str = option("", "models", "model spec of the student", metavar="SPEC")
+
+    # Data
+    data: str = option("", "data", "folder with train/ and val/, each a tree of class folders", metavar="DIR")
+    size: int = option(224, "data", "side of the square crops, pixels")
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "data", "smallest and largest crop area, of the image's", metavar=("MIN", "MAX")
+    )
+    crop_ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "data", "smallest and largest crop width / height", metavar=("MIN", "MAX")
+    )
+    flip: float = option(0.5, "data", "probability of a horizontal flip")
+    interpolation: str = option("bilinear", "data", "resize of training crops", choices=("bilinear", "bicubic"))
+    eval_crop_pct: float | None = option(
+        None,
+        "data",
+        "evaluation resizes the shorter side to size / P; none: int(256 / 224 * size), the paper's",
+        metavar="P",
+    )
+    eval_interpolation: str = option("bilinear", "data", "resize of evaluation", choices=("bilinear", "bicubic"))
+    loader: str = option("dali", "data", "decoder backend; pillow is the slower reference", choices=("dali", "pillow"))
+    loader_threads: int | None = option(
+        None, "data", "decoding threads per process; none: its share of the cores", metavar="N"
+    )
+
+    # Method
+    discriminator: str | None = option(
+        None,
+        "method",
+        "regulariser on the logits; cooperative (the released code's) unless there is no teacher",
+        choices=("cooperative", "adversarial", "off"),
+    )
+    discriminator_lr: float | None = option(None, "method", "its learning rate; none: the student's", metavar="LR")
+    cutmix: bool = option(
+        False, "method", "CutMix on the images of every batch (beta 1); the teachers label the mixed image"
+    )
+    hard_label_weight: float = option(
+        0.0, "method", "weight w of cross-entropy with the labels: (1 - w) soft + w hard; 1 without teachers"
+    )
+
+    # Optimisation
+    epochs: int = option(180, "optimisation", "epochs")
+    batch_size: int = option(512, "optimisation", "images per step over all processes")
+    accumulate: int = option(
+        1, "optimisation", "parts that each process's share of the batch is computed in, to save memory"
+    )
+    lr: float = option(0.01, "optimisation", "learning rate")
+    lr_decay_epochs: tuple[int, ...] = option(
+        (100,), "optimisation", "epochs at which the learning rate is multiplied by --lr-decay", metavar="EPOCH"
+    )
+    lr_decay: float = option(0.1, "optimisation", "factor of each decay")
+    momentum: float = option(0.9, "optimisation", "momentum of SGD")
+    weight_decay: float = option(0.0, "optimisation", "weight decay")
+    optimizer: str = option(
+        "sgd",
+        "optimisation",
+        "torch's fused SGD, or NVIDIA Apex's FusedSGD where that is installed",
+        choices=("sgd", "apex-fused-sgd"),
+    )
+    max_steps: int | None = option(
+        None, "optimisation", "stop after this many steps in all; resume continues the same schedule", metavar="N"
+    )
+
+    # Machine
+    device: str = option("auto", "machine", "auto: the GPUs if there are any", choices=("auto", "cuda", "cpu"))
+    amp: str = option(
+        "auto",
+        "machine",
+        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX, else off",
+        choices=("auto", "bf16", "fp16", "off"),
+    )
+    compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
+
+    # Run
+    seed: int = option(0, "run", "seed of the view plan, CutMix and random weights")
+    run_dir: str = option("", "run", "run directory; default runs/RECIPE", metavar="DIR")
+    resume: str = option(
+        "auto",
+        "run",
+        "auto: continue what the run directory holds; never: refuse if it holds anything; or a checkpoint's path",
+        metavar="auto|never|PATH",
+    )
+    log_every: int = option(50, "run", "steps between lines of metrics.jsonl and TensorBoard scalars")
+    checkpoint_every: int = option(1000, "run", "steps between checkpoints (always one at the end)")
+    eval_every: int = option(1, "run", "epochs between evaluations; 0: only at the start and at the end")
+    eval_start: bool = option(True, "run", "evaluate before the first step")
+    keep: int = option(2, "run", "newest checkpoints kept (best.pt is kept besides)")
+
+    def __post_init__(self) -> None:
+        for option_field in fields(self):
+            self._check_choice(option_field)
+        positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        for name in positive:
+            self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
+        for name in ("loader_threads", "max_steps"):
+            value = getattr(self, name)
+            self._refuse(value is not None and value < 1, name, "must be 1 or more")
+        for name in ("eval_every", "seed"):
+            self._refuse(getattr(self, name) < 0, name, "must be 0 or more")
+        self._refuse(self.seed >= 2**63, "seed", "must be below 2^63")
+        for name in ("lr", "lr_decay", "momentum", "weight_decay", "discriminator_lr"):
+            value = getattr(self, name)
+            self._refuse(value is not None and not (math.isfinite(value) and value >= 0), name, "must be 0 or more")
+        self._refuse(self.momentum >= 1, "momentum", "must be below 1")
+        for name in ("flip", "hard_label_weight"):
+            self._refuse(not 0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
+        low, high = self.crop_scale
+        self._refuse(not 0 < low <= high <= 1, "crop_scale", "must be two areas with 0 < MIN <= MAX <= 1")
+        low, high = self.crop_ratio
+        self._refuse(
+            not (0 < low <= high and math.isfinite(high)), "crop_ratio", "must be two ratios with 0 < MIN <= MAX"
+        )
+        pct = self.eval_crop_pct
+        self._refuse(pct is not None and not 0.1 <= pct <= 2, "eval_crop_pct", "must be between 0.1 and 2")
+        self._refuse(any(e < 0 for e in self.lr_decay_epochs), "lr_decay_epochs", "must be 0 or more")
+        self._check_combinations()
+
+    def _check_choice(self, option_field: Any) -> None:
+        choices = option_field.metadata.get("choices")
+        value = getattr(self, option_field.name)
+        if choices and value is not None:
+            self._refuse(value not in choices, option_field.name, f"must be one of {', '.join(choices)}")
+
+    def _check_combinations(self) -> None:
+        if self.teachers and self.hard_label_weight == 1:
+            raise UsageError(
+                "--hard-label-weight 1 trains on labels alone: leave --teachers empty, or lower the weight"
+            )
+        if not self.teachers and self.hard_label_weight < 1:
+            raise UsageError(
+                "--teachers names no model: name one or more, or train on labels with --hard-label-weight 1"
+            )
+        if not self.teachers and self.discriminator not in (None, "off"):
+            raise UsageError(
+                f"--discriminator {self.discriminator} needs teachers: add --teachers, or --discriminator off"
+            )
+        if self.discriminator_lr is not None and self.discriminator_mode == "off":
+            raise UsageError("--discriminator-lr has no effect without a discriminator: leave it out")
+        if not self.student:
+            raise UsageError("--student names no model: give a model spec, or a --recipe that has one")
+
+    def _refuse(self, bad: bool, name: str, right: str) -> None:
+        if bad:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: {right}")
+
+    @property
+    def discriminator_mode(self) -> str:
+        """The mode in force: the paper's regulariser unless there is no teacher to tell the student from."""
+        return self.discriminator or ("cooperative" if self.teachers else "off")
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# Fields that decide neither the weights nor the metrics, or only how far a run goes: a resumed run may change them.
+RESUMABLE_FIELDS = frozenset(
+    {
+        "data", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+    }
+)  # fmt: skip
+
+
+def _paper(student: str, **changes: Any) -> dict[str, Any]:
+    return {"student": student, "teachers": TEACHERS_224, **changes}
+
+
+# The rows of the paper's tables with timm's pinned names: the fields that differ from `Recipe`'s defaults.
+RECIPES: dict[str, dict[str, Any]] = {
+    "resnet50-224": _paper("resnet50.ram_in1k"),
+    "resnet50-224-cutmix": _paper("resnet50.ram_in1k", cutmix=True),
+    "resnet50-380": _paper("resnet50.ram_in1k", teachers=TEACHERS_380, size=380),
+    "resnet18-224": _paper("resnet18.tv_in1k"),
+    "mobilenetv3-small-075-224": _paper("tf_mobilenetv3_small_075.in1k"),
+    "mobilenetv3-small-100-224": _paper("tf_mobilenetv3_small_100.in1k"),
+    "mobilenetv3-large-224": _paper("tf_mobilenetv3_large_100.in1k"),
+    "efficientnet-b0-224": _paper("tf_efficientnet_b0.aa_in1k"),
+    # 32-pixel digits on a laptop's CPU: no flips (a mirrored 2 is no digit), mild crops, float32 on every machine.
+    "demo": {
+        "student": "test_efficientnet?num_classes=10",
+        "size": 32,
+        "crop_scale": (0.7, 1.0),
+        "flip": 0.0,
+        "eval_crop_pct": 1.0,
+        "epochs": 20,
+        "batch_size": 50,
+        "lr": 0.05,
+        "lr_decay_epochs": (15,),
+        "amp": "off",
+        "compile": False,
+        "log_every": 12,
+    },
+}
+
+
+def make_recipe(name: str | None = None, **changes: Any) -> Recipe:
+    """The recipe called `name` (None: the defaults) with some fields changed. Raises UsageError."""
+    if name is not None and name not in RECIPES:
+        raise UsageError(f"--recipe {name}: unknown; one of {', '.join(RECIPES)}")
+    values = {**(RECIPES[name] if name else {}), **changes}
+    values["run_dir"] = values.get("run_dir") or f"runs/{name or 'custom'}"
+    return Recipe(**values)

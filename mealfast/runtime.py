@@ -1,0 +1,152 @@
+"""Processes, device and precision: what torchrun and the machine decide.
+
+One process drives one device. Without torchrun there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mealfast.errors import UsageError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # an index of millions of files is scanned by one process while others wait
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among its peers, its device, and the dtype that autocast computes in (None: no autocast)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    amp_dtype: torch.dtype | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others do, so that they find what it has cached."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` added up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, item: object) -> list[object]:
+        """Every process's `item`, in rank order, on every process (small picklable values only)."""
+        if self.world_size == 1:
+            return [item]
+        items: list[object] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+
+def start(device: str = "auto", amp: str = "auto") -> Runtime:
+    """Joins the process group that torchrun describes and picks the device. Raises UsageError."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = _device(device, local_rank, local_world_size)
+    amp_dtype = precision(amp, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
+    if world_size > 1 and not dist.is_initialized():
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
+        else:
+            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(option: str, local_rank: int, local_world_size: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if option == "cpu" or (option == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
+    if local_world_size > gpus:
+        raise UsageError(
+            f"torchrun started {local_world_size} processes on a machine with {gpus} GPUs: "
+            f"use --nproc-per-node {gpus} or fewer"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def precision(option: str, device: torch.device) -> torch.dtype | None:
+    """`--amp` as autocast's dtype; None is float32 throughout. Raises UsageError."""
+    if option == "off":
+        return None
+    if option == "fp16":
+        if device.type == "cpu":
+            raise UsageError("--amp fp16 needs a GPU: on the CPU use --amp bf16 or --amp off")
+        return torch.float16
+    if option == "bf16":
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UsageError("--amp bf16: this GPU has no bfloat16 arithmetic; use --amp fp16 or --amp off")
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # With AMX bf16 is 4 times as fast as float32; without it, it is slower.
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """Hardware and versions, for config.json and for whoever reads the figures."""
+    import platform
+
+    import timm
+    import torchvision
+
+    facts: dict[str, object] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    try:
+        import nvidia.dali
+
+        facts["dali"] = nvidia.dali.__version__
+    except ImportError:
+        facts["dali"] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return facts
