@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .batch import DataError
@@ -10,6 +12,9 @@ from .pillow import PillowLoader
 from .steps import EvalSteps, TrainSteps
 from .stream import StreamLoader, default_threads
 from .views import EvalViews, ViewPlan
+
+if TYPE_CHECKING:  # importing it takes DALI
+    from .dali_pipeline import GpuDecoding
 
 BACKENDS = ("dali", "pillow")
 PREFETCH = 2  # batches
@@ -28,13 +33,14 @@ def train_loader(
     device: torch.device | str = "cpu",
     threads: int | None = None,
     prefetch: int | None = None,
+    decoding: GpuDecoding | None = None,
 ) -> StreamLoader:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
     epoch s // (N // batch_size); the remainder of each epoch's order is dropped, and no step waits at its start.
-    `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready. Raises DataError
-    for options that do not fit.
+    `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready; `decoding` tunes
+    DALI on a GPU. Raises DataError for options that do not fit.
     """
     steps = TrainSteps(
         index,
@@ -45,7 +51,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
     )
-    return _loader(backend, index, steps, device, threads, prefetch)
+    return _loader(backend, index, steps, device, threads, prefetch, decoding)
 
 
 def eval_loader(
@@ -59,16 +65,17 @@ def eval_loader(
     device: torch.device | str = "cpu",
     threads: int | None = None,
     prefetch: int | None = None,
+    decoding: GpuDecoding | None = None,
 ) -> StreamLoader:
     """A Loader of every image once over all ranks, in the index's order; `batch_size` is each rank's, the last smaller.
 
     A rank for which no image is left yields nothing. A broken file raises DataError: it cannot be replaced honestly.
     """
     steps = EvalSteps(index, views, batch_size=batch_size, rank=rank, world_size=world_size)
-    return _loader(backend, index, steps, device, threads, prefetch)
+    return _loader(backend, index, steps, device, threads, prefetch, decoding)
 
 
-def _loader(backend, index, steps, device, threads, prefetch) -> StreamLoader:
+def _loader(backend, index, steps, device, threads, prefetch, decoding) -> StreamLoader:
     threads = default_threads() if threads is None else threads
     prefetch = PREFETCH if prefetch is None else prefetch
     if threads < 1 or prefetch < 1:

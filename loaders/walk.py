@@ -66,7 +66,7 @@ def _walk(folder: bytes, prefix: bytes, found: list, parents: tuple) -> None:
             continue
         if entry.is_dir():
             _walk(entry.path, prefix + name + b"/", found, parents)
-        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        elif name[name.rfind(b".") :].lower() in IMAGE_SUFFIXES:
             try:
                 status = entry.stat()
             except OSError:

@@ -1,0 +1,328 @@
+"""Images per second of the loaders, on the same files in one run.
+
+    python benchmarks/loaders.py [--data DIR] [--out FILE]
+
+`bare-dali` is the ceiling: DALI's own file reader and random crop, nothing of mealfast. `torchvision` is the usual
+ImageFolder with a DataLoader of as many workers as cores, ToTensor and Normalize included; `torchvision-uint8`, on
+request, leaves these two to the model, as mealfast does. All yield batches of shuffled, mirrored random crops. They
+take turns, round by round, so that a busy machine slows them alike; the median of the rounds is reported.
+With a GPU, `--sweep` measures batch size, decoder share, threads and prefetch depth at 224 and 380 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from mealfast.loaders import DataError, ImageIndex, ViewPlan, train_loader
+from PIL import Image
+
+NAMES = ("bare-dali", "mealfast-dali", "mealfast-pillow", "torchvision")
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    args = parse()
+    with contextlib.ExitStack() as stack:
+        if args.data is None:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mealfast-benchmark-")))
+            make_images(root, args.images)
+        else:
+            root = args.data
+        try:
+            index = ImageIndex.scan(root, cache_dir=stack.enter_context(tempfile.TemporaryDirectory()))
+            settings = list(sweep(args) if args.sweep else [Setting(args)])
+            for setting in settings:
+                for row in measure(index, setting, args):
+                    report(row, args.out)
+        except DataError as error:
+            raise SystemExit(f"benchmarks/loaders.py: {error}") from None
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="tree of class folders (default: makes an ImageNet-like one)")
+    parser.add_argument("--images", type=int, default=1500, help="how many images to make (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file to which one JSON line a loader is appended")
+    parser.add_argument("--names", nargs="+", choices=list(STREAMS), default=list(NAMES), help="which loaders")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=None, help="default: 64 on the CPU, 512 on a GPU")
+    parser.add_argument("--threads", type=int, default=CORES, help="decoding threads or workers (default: the cores)")
+    parser.add_argument("--prefetch", type=int, default=2, help="batches (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each loader (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn (default: %(default)s)")
+    parser.add_argument("--sweep", action="store_true", help="on a GPU: measure mealfast-dali over its settings")
+    args = parser.parse_args()
+    if args.sweep and args.device == "cpu":
+        parser.error("--sweep: needs a GPU; leave it out on the CPU")
+    if args.batch_size is None:
+        args.batch_size = 64 if args.device == "cpu" else 512
+    return args
+
+
+class Setting:
+    """What a measurement varies."""
+
+    def __init__(self, args, names=None, **changes):
+        self.names = names or args.names
+        self.hardware_share = None  # the decoder's default
+        for name in ("size", "batch_size", "threads", "prefetch"):
+            setattr(self, name, getattr(args, name))
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+
+def sweep(args):
+    """One setting changed at a time from the base, and batch sizes, at both sizes of the recipes."""
+    for size in (224, 380):
+        base = Setting(args, size=size)
+        yield base
+        variants = [("batch_size", (64, 128, 256, 1024)), ("hardware_share", (0.0, 0.5, 0.8, 0.9, 0.99))]
+        variants += [("threads", (2, 4, 6, 8, 12, 16)), ("prefetch", (1, 3, 4, 5))]
+        for name, values in variants:
+            for value in values:
+                yield Setting(args, ["mealfast-dali"], size=size, **{name: value})
+
+
+def measure(index, setting, args):
+    """One row a loader: median and spread of images per second over the rounds."""
+    streams = {name: STREAMS[name](index, setting, args) for name in setting.names}
+    rates = {name: [] for name in streams}
+    for stream in streams.values():
+        for _ in range(3 * setting.prefetch):  # start workers, fill queues
+            next(stream)
+        turn(stream, setting, args.seconds / 3)
+    for _ in range(args.rounds):
+        for name, stream in streams.items():
+            # What was made ready during the others' turns does not count.
+            for _ in range(queued(name, setting)):
+                next(stream)
+            rates[name].append(turn(stream, setting, args.seconds))
+    for stream in streams.values():
+        stream.close()
+    for name, values in rates.items():
+        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        yield {
+            "name": name,
+            "images_per_second": round(statistics.median(values), 1),
+            "spread": {"p25": round(quartiles[0], 1), "p75": round(quartiles[2], 1)},
+            "min": round(min(values), 1),
+            "max": round(max(values), 1),
+            "rounds": len(values),
+            "size": setting.size,
+            "batch_size": setting.batch_size,
+            "threads": setting.threads,
+            "prefetch": setting.prefetch,
+            "hardware_share": setting.hardware_share,
+            "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
+            **environment(index),
+        }
+
+
+def queued(name, setting):
+    return setting.threads * 2 + 1 if name.startswith("torchvision") else setting.prefetch + 1
+
+
+def turn(stream, setting, seconds):
+    """Images per second over about `seconds`; on a GPU until the last batch is there."""
+    images, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        images += len(next(stream))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+    return images / elapsed
+
+
+def environment(index):
+    import nvidia.dali
+    import PIL
+    import torchvision
+
+    versions = {"dali": nvidia.dali.__version__, "pillow": PIL.__version__, "torch": torch.__version__}
+    versions |= {"torchvision": torchvision.__version__, "python": platform.python_version()}
+    return {
+        "images": len(index),
+        "mean_pixels": [round(float(index.widths.mean())), round(float(index.heights.mean()))],
+        "mean_bytes": round(float(index.bytes.mean())),
+        "cores": CORES,
+        "processor": processor(),
+        "versions": versions,
+    }
+
+
+def processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def report(row, out):
+    spread = f"{row['spread']['p25']:.0f} to {row['spread']['p75']:.0f}"
+    print(
+        f"{row['name']:16} {row['images_per_second']:9.1f} images/s  (quartiles {spread})  size {row['size']}, "
+        f"batch {row['batch_size']}, threads {row['threads']}, prefetch {row['prefetch']}, "
+        f"decoder share {row['hardware_share'] or 'default'}",
+        flush=True,
+    )
+    if out is not None:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# --- the loaders: endless generators of uint8 image batches -----------------------------------------------------------
+
+
+def bare_dali(index, setting, args):
+    """DALI's file reader and random crop, as its examples write it, with the resize that training needs."""
+    import nvidia.dali.fn as fn
+    import nvidia.dali.types as types
+    from nvidia.dali import pipeline_def
+
+    gpu = args.device != "cpu"
+
+    @pipeline_def(exec_dynamic=True)
+    def pipeline():
+        files = [index.path(i) for i in range(len(index))]
+        encoded, labels = fn.readers.file(
+            files=files, labels=index.labels.tolist(), random_shuffle=True, initial_fill=1024, name="reader"
+        )
+        tuning = {"hw_decoder_load": setting.hardware_share or 0.65} if gpu else {}
+        images = fn.decoders.image_random_crop(
+            encoded,
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            random_area=[0.08, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+            **tuning,
+        )
+        images = fn.resize(
+            images, resize_x=setting.size, resize_y=setting.size, interp_type=types.INTERP_LINEAR, antialias=True
+        )
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    pipe = pipeline(
+        batch_size=setting.batch_size,
+        num_threads=setting.threads,
+        device_id=torch.cuda.current_device() if gpu else None,
+        prefetch_queue_depth=setting.prefetch,
+        seed=1,
+    )
+    pipe.build()
+    while True:
+        images, _ = pipe.run()
+        yield torch.from_dlpack(images.as_tensor())
+
+
+def mealfast(backend):
+    def stream(index, setting, args):
+        plan = ViewPlan(index.widths, index.heights, seed=1, size=setting.size)
+        options = {}
+        if backend == "dali" and setting.hardware_share is not None:
+            from mealfast.loaders.dali_pipeline import GpuDecoding
+
+            options["decoding"] = GpuDecoding(hardware_share=setting.hardware_share)
+        loader = train_loader(
+            backend,
+            index,
+            plan,
+            batch_size=setting.batch_size,
+            stop_step=1 << 40,
+            device=args.device,
+            threads=setting.threads,
+            prefetch=setting.prefetch,
+            **options,
+        )
+        with contextlib.closing(loader):
+            for batch in loader:
+                yield batch.images
+
+    return stream
+
+
+def torchvision_folder(uint8):
+    def stream(index, setting, args):
+        from torch.utils.data import DataLoader
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+
+        crop = [transforms.RandomResizedCrop(setting.size), transforms.RandomHorizontalFlip()]
+        normalised = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        loader = DataLoader(
+            ImageFolder(index.root, transforms.Compose(crop + ([transforms.PILToTensor()] if uint8 else normalised))),
+            batch_size=setting.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=setting.threads,
+            persistent_workers=True,
+            pin_memory=args.device != "cpu",
+        )
+        while True:
+            for images, _ in loader:
+                yield images.to(args.device, non_blocking=True)
+
+    return stream
+
+
+STREAMS = {
+    "bare-dali": bare_dali,
+    "mealfast-dali": mealfast("dali"),
+    "mealfast-pillow": mealfast("pillow"),
+    "torchvision": torchvision_folder(uint8=False),
+    "torchvision-uint8": torchvision_folder(uint8=True),
+}
+
+
+# --- images to load ---------------------------------------------------------------------------------------------------
+
+# Widths and heights as ImageNet's training set has them: mostly 500 x 375 and its like, a mean near 400 x 350.
+SIZES = [(500, 375), (500, 333), (375, 500), (333, 500), (500, 500), (400, 300), (320, 240), (256, 256), (200, 250)]
+SHARES = [0.30, 0.14, 0.10, 0.06, 0.03, 0.12, 0.10, 0.09, 0.06]
+
+
+def make_images(root, count):
+    """`count` JPEGs in 10 class folders: textures with the spectrum of photographs, about 110 KB each."""
+    rng = np.random.default_rng(0)
+    textures = [texture(rng, 1024) for _ in range(12)]
+    jobs = []
+    for i in range(count):
+        width, height = SIZES[rng.choice(len(SIZES), p=SHARES)]
+        x, y = rng.integers(0, 1024 - width), rng.integers(0, 1024 - height)
+        pixels = textures[rng.integers(len(textures))][y : y + height, x : x + width]
+        path = root / f"class{i % 10}" / f"{i:06}.JPEG"
+        path.parent.mkdir(exist_ok=True)
+        jobs.append((pixels, path, int(rng.choice([85, 92, 95, 96]))))
+    with ThreadPoolExecutor(CORES) as pool:
+        for _ in pool.map(lambda job: Image.fromarray(job[0]).save(job[1], "JPEG", quality=job[2]), jobs):
+            pass
+
+
+def texture(rng, side):
+    """uint8 [side, side, 3]: noise whose amplitude falls as 1 / frequency, in three correlated channels."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    frequency[0, 0] = 1
+    channels = []
+    for _ in range(4):
+        phase = rng.uniform(0, 2 * np.pi, frequency.shape)
+        field = np.fft.irfft2(np.exp(1j * phase) / frequency, s=(side, side))
+        channels.append(field / field.std())
+    shared = channels[3]
+    pixels = np.stack([128 + 48 * (0.9 * shared + 0.3 * channel) for channel in channels[:3]], axis=-1)
+    return np.clip(pixels + rng.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()
