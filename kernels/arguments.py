@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 MAX_TEACHERS = 16
+MAX_K = 4096
 REDUCTIONS = ("mean", "sum", "none")
+REMAINDERS = ("spread", "renormalise")
+ID_DTYPES = (torch.uint16, torch.int32, torch.int64)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -65,3 +68,23 @@ def as_weights(weights: Sequence[float] | None, teachers: int) -> list[float]:
     if not (all(w >= 0.0 for w in weights) and 0.0 < total < math.inf):
         raise ValueError(f"weights must be non-negative with a positive, finite sum, got {list(weights)}")
     return [float(w) / total for w in weights]
+
+
+def check_k(k: int, classes: int) -> None:
+    if not 1 <= k <= min(classes, MAX_K):
+        raise ValueError(f"k must be from 1 to {min(classes, MAX_K)} for {classes} classes, got {k}")
+
+
+def check_sparse(student: Tensor, ids: Tensor, probabilities: Tensor, remainder: str) -> None:
+    if ids.ndim != 2 or ids.dtype not in ID_DTYPES:
+        raise ValueError(f"ids must be uint16, int32 or int64 [B, k], got {ids.dtype} {list(ids.shape)}")
+    if not probabilities.dtype.is_floating_point:
+        raise ValueError(f"probabilities must be floating point, got {probabilities.dtype}")
+    check_same("probabilities", probabilities, "ids", ids)
+    if ids.shape[0] != student.shape[0]:
+        raise ValueError(f"ids {list(ids.shape)} and student_logits {list(student.shape)} differ in batch size")
+    if ids.device != student.device:
+        raise ValueError(f"ids on {ids.device} and student_logits on {student.device} are on different devices")
+    check_k(ids.shape[1], student.shape[1])
+    if remainder not in REMAINDERS:
+        raise ValueError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")

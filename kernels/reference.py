@@ -52,6 +52,21 @@ def entropy(target: Tensor) -> Tensor:
     return torch.special.entr(target).sum(dim=-1)
 
 
+def densified(ids: Tensor, probabilities: Tensor, classes: int, remainder: str) -> Tensor:
+    """The target [B, C] that ids [B, k] and probabilities [B, k] stand for; `classes` is C.
+
+    "spread": the mass that is missing to 1, over the other C - k classes evenly (none is missing where C = k).
+    "renormalise": the probabilities scaled to sum to one, 0 elsewhere.
+    """
+    total = probabilities.sum(dim=-1, keepdim=True)
+    if remainder == "renormalise":
+        rest = torch.zeros_like(total)
+        probabilities = probabilities / total
+    else:
+        rest = (1.0 - total).clamp(min=0.0) / max(classes - ids.shape[1], 1)
+    return rest.repeat(1, classes).scatter(1, ids.long(), probabilities)
+
+
 def reduced(samples: Tensor, reduction: str) -> Tensor:
     """[B] -> a scalar with "mean" or "sum", [B] with "none"."""
     if reduction == "none":

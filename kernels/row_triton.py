@@ -27,10 +27,38 @@ def blocks(classes: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
+def programs(rows: int, upstream: torch.Tensor | None) -> tuple[int]:
+    """The grid: a program a row forward, and backward no more than fill a GPU, since most find nothing to do."""
+    return (rows if upstream is None else min(rows, 4096),)
+
+
 def assert_rows(logits: torch.Tensor, like: torch.Tensor) -> None:
     assert logits.shape == like.shape, (logits.shape, like.shape)
     assert logits.device == like.device, (logits.device, like.device)
     assert logits.stride(1) == 1, logits.stride()
+
+
+def assert_outputs(
+    student: torch.Tensor,
+    loss: torch.Tensor | None,
+    kl: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    upstream: torch.Tensor | None,
+) -> None:
+    """Rows of unit stride, float32 [B] that are contiguous, gradient [B, C] contiguous, upstream float32 [] or [B]."""
+    assert_rows(student, student)
+    for samples in (loss, kl):
+        if samples is not None:
+            assert samples.shape == student.shape[:1], samples.shape
+            assert samples.dtype == torch.float32, samples.dtype
+            assert samples.is_contiguous()
+    assert kl is None or loss is not None
+    if gradient is not None:
+        assert gradient.shape == student.shape, gradient.shape
+        assert gradient.is_contiguous()
+    if upstream is not None:
+        assert upstream.shape in ((), student.shape[:1]), upstream.shape
+        assert upstream.dtype == torch.float32, upstream.dtype
 
 
 @triton.jit

@@ -1,15 +1,12 @@
 """Ensemble soft cross-entropy, the distillation loss of MEAL V2 (Eq. 1 to 3): public functions and custom ops.
 
 Shape legend: B batch, K teachers, C classes.
-
-On a GPU the forward launch also writes the student's gradient, for an upstream gradient of 1 (which is what
-`loss.backward()` sends). Backward looks at the upstream gradient on the device, without a sync: where it is 1 there is
-nothing left to do, and elsewhere the kernel runs again with it, so that the gradient is rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .arguments import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
+from .fused import FusedLoss, fake, launched, row_factor
 
 if TRITON:
     from . import soft_ce_triton
@@ -96,7 +94,10 @@ def ensemble_soft_cross_entropy(
     if uses_triton(student_logits, *teachers):
         with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
         rows = unit_stride(student_logits), *map(unit_stride, teachers)
-        loss, kl = _EnsembleSoftCE.apply(weights, temperature, reduction, return_kl, with_gradient, *rows)
+        options = weights, temperature, reduction
+        loss, kl = FusedLoss.apply(
+            ensemble_soft_ce, ensemble_soft_ce_backward, options, return_kl, with_gradient, *rows
+        )
         return (loss, kl) if return_kl else loss
 
     target = reference.ensemble_target(teachers, weights, temperature)
@@ -118,26 +119,13 @@ def ensemble_soft_ce(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KL and the student's gradient for an upstream of 1; what was not asked for is empty."""
-    samples = student.new_empty(student.shape[0], dtype=torch.float32)
-    kl = torch.empty_like(samples) if with_kl else None
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if with_gradient else None
-    factor = _factor(student, reduction)
-    soft_ce_triton.forward(student, teachers, weights, samples, kl, gradient, factor, temperature)
-    return (
-        reference.reduced(samples, reduction),
-        student.new_empty(0, dtype=torch.float32) if kl is None else reference.reduced(kl, reduction),
-        student.new_empty(0) if gradient is None else gradient,
-    )
+    launch = partial(soft_ce_triton.launch, student, teachers, weights, temperature)
+    return launched(launch, student, reduction, with_kl, with_gradient)
 
 
 @ensemble_soft_ce.register_fake
 def _(student, teachers, weights, temperature, reduction, with_kl, with_gradient):
-    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=torch.float32)
-    return (
-        loss,
-        torch.empty_like(loss) if with_kl else loss.new_empty(0),
-        student.new_empty(student.shape) if with_gradient else student.new_empty(0),
-    )
+    return fake(student, reduction, with_kl, with_gradient)
 
 
 @torch.library.custom_op("mealfast::ensemble_soft_ce_backward", mutates_args=("gradient",))
@@ -151,35 +139,6 @@ def ensemble_soft_ce_backward(
     reduction: str,
 ) -> None:
     """Turns the gradient for an upstream of 1, in place, into the one for `upstream`, a scalar or [B]."""
-    factor = _factor(student, reduction)
-    soft_ce_triton.backward(student, teachers, weights, gradient, upstream, factor, temperature)
-
-
-def _factor(student: Tensor, reduction: str) -> float:
-    return 1.0 / max(student.shape[0], 1) if reduction == "mean" else 1.0
-
-
-class _EnsembleSoftCE(torch.autograd.Function):
-    """Backward owns the gradient that forward wrote, and hands it on: no copy, nothing kept."""
-
-    @staticmethod
-    def forward(ctx, weights, temperature, reduction, with_kl, with_gradient, student, *teachers):
-        loss, kl, gradient = ensemble_soft_ce(
-            student, teachers, weights, temperature, reduction, with_kl, with_gradient
-        )
-        ctx.save_for_backward(student, *teachers)
-        ctx.options = (weights, temperature, reduction)
-        ctx.gradient = gradient
-        ctx.mark_non_differentiable(kl)
-        return loss, kl
-
-    @staticmethod
-    def backward(ctx, upstream, _kl):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else a gradient penalty would be ignored
-            raise RuntimeError("ensemble_soft_cross_entropy has no second derivative: create_graph=True cannot work")
-        student, *teachers = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a retained graph, again: the first backward's gradient is its caller's now
-            *_, gradient = ensemble_soft_ce(student, teachers, *ctx.options, False, True)
-        ensemble_soft_ce_backward(gradient, upstream, student, teachers, *ctx.options)
-        return None, None, None, None, None, gradient, *[None] * len(teachers)
+    if student.shape[0] > 0:
+        factor = row_factor(student, reduction)
+        soft_ce_triton.launch(student, teachers, weights, temperature, factor, gradient=gradient, upstream=upstream)

@@ -9,7 +9,9 @@
 Shape legend: B batch, K teachers, C classes.
 """
 
-# ruff: noqa: N803, N806 (constants of a kernel are in capitals)
+# ruff: noqa: N803 (constants of a kernel are in capitals)
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,19 +19,18 @@ import triton.language as tl
 
 from .row_triton import (
     LOG2E,
+    assert_outputs,
     assert_rows,
     blocks,
     load_logits,
     log_sum,
     max_and_sum,
+    programs,
     store_row,
     target_chunk,
     target_row,
     teacher_sums,
 )
-
-# Enough programs to fill any GPU of today with the backward kernel; beyond it each takes several rows.
-BACKWARD_PROGRAMS = 4096
 
 
 @triton.jit
@@ -112,47 +113,14 @@ def _long_row(
 
 
 @triton.jit
-def forward_kernel(
+def kernel(
     student,  # [B, C]
     teachers,  # K pointers to [B, C]
     weights,  # K floats that sum to one
-    loss,  # float32 [B]
+    loss,  # float32 [B], or None
     kl,  # float32 [B], or None
     gradient,  # [B, C], contiguous, or None
-    factor,
-    temperature,
-    student_stride: tl.constexpr,
-    teacher_strides: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a row."""
-    row = tl.program_id(0).to(tl.int64)
-    do_row: tl.constexpr = _one_row if BLOCK >= C else _long_row
-    do_row(
-        student,
-        teachers,
-        weights,
-        loss,
-        kl,
-        gradient,
-        row,
-        factor,
-        temperature,
-        student_stride,
-        teacher_strides,
-        C,
-        BLOCK,
-    )
-
-
-@triton.jit
-def backward_kernel(
-    student,  # [B, C]
-    teachers,  # K pointers to [B, C]
-    weights,  # K floats that sum to one
-    gradient,  # [B, C], contiguous: holds the gradient for an upstream of 1
-    upstream,  # float32 [B], or [1] with upstream_stride 0
+    upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
     factor,
     temperature,
@@ -162,104 +130,83 @@ def backward_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The rows whose upstream gradient is not 1, anew: rounded once, so that a loss scale saves small float16 ones."""
+    """Forward: one program a row. Backward: the rows whose upstream gradient is not 1, anew, several a program."""
     do_row: tl.constexpr = _one_row if BLOCK >= C else _long_row
-    for row in tl.range(tl.program_id(0).to(tl.int64), B, tl.num_programs(0)):
-        scale = tl.load(upstream + row * upstream_stride)
-        if scale != 1.0:
-            do_row(
-                student,
-                teachers,
-                weights,
-                None,
-                None,
-                gradient,
-                row,
-                scale * factor,
-                temperature,
-                student_stride,
-                teacher_strides,
-                C,
-                BLOCK,
-            )
+    program = tl.program_id(0).to(tl.int64)
+    if upstream is None:
+        do_row(
+            student,
+            teachers,
+            weights,
+            loss,
+            kl,
+            gradient,
+            program,
+            factor,
+            temperature,
+            student_stride,
+            teacher_strides,
+            C,
+            BLOCK,
+        )
+    else:
+        for row in tl.range(program, B, tl.num_programs(0)):
+            scale = tl.load(upstream + row * upstream_stride)
+            if scale != 1.0:
+                do_row(
+                    student,
+                    teachers,
+                    weights,
+                    loss,
+                    kl,
+                    gradient,
+                    row,
+                    scale * factor,
+                    temperature,
+                    student_stride,
+                    teacher_strides,
+                    C,
+                    BLOCK,
+                )
 
 
-def forward(
+def launch(
     student: torch.Tensor,
-    teachers: list[torch.Tensor],
-    weights: list[float],
-    loss: torch.Tensor,
-    kl: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-    factor: float,
+    teachers: Sequence[torch.Tensor],
+    weights: Sequence[float],
     temperature: float,
+    factor: float,
+    *,
+    loss: torch.Tensor | None = None,
+    kl: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
 ) -> None:
-    """Fills loss [B], kl [B] and the gradient [B, C] of factor * loss; shapes as in `forward_kernel`."""
-    _assert_inputs(student, teachers, weights, gradient)
-    B, C = student.shape
-    for samples in (loss,) if kl is None else (loss, kl):
-        assert samples.shape == (B,), samples.shape
-        assert samples.dtype == torch.float32, samples.dtype
-        assert samples.is_contiguous()
-    if B == 0:
-        return
-    block, warps = blocks(C)
+    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in `kernel`.
+
+    With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
+    """
+    assert len(teachers) == len(weights)
+    for teacher in teachers:
+        assert_rows(teacher, student)
+    assert_outputs(student, loss, kl, gradient, upstream)
+    block, warps = blocks(student.shape[1])
     with torch.cuda.device_of(student):
-        forward_kernel[(B,)](
+        kernel[programs(student.shape[0], upstream)](
             student,
             tuple(teachers),
             tuple(weights),
             loss,
             kl,
             gradient,
-            factor,
-            temperature,
-            student_stride=student.stride(0),
-            teacher_strides=tuple(t.stride(0) for t in teachers),
-            C=C,
-            BLOCK=block,
-            num_warps=warps,
-        )
-
-
-def backward(
-    student: torch.Tensor,
-    teachers: list[torch.Tensor],
-    weights: list[float],
-    gradient: torch.Tensor,
-    upstream: torch.Tensor,
-    factor: float,
-    temperature: float,
-) -> None:
-    """Turns the gradient that `forward` wrote for an upstream of 1 into the one for `upstream`, a scalar or [B]."""
-    _assert_inputs(student, teachers, weights, gradient)
-    B, C = student.shape
-    assert upstream.dtype == torch.float32, upstream.dtype
-    assert upstream.shape in ((), (B,)), upstream.shape
-    if B == 0:
-        return
-    block, warps = blocks(C)
-    with torch.cuda.device_of(student):
-        backward_kernel[(min(B, BACKWARD_PROGRAMS),)](
-            student,
-            tuple(teachers),
-            tuple(weights),
-            gradient,
             upstream,
-            B,
+            student.shape[0],
             factor,
             temperature,
-            upstream_stride=upstream.stride(0) if upstream.ndim else 0,
+            upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
             student_stride=student.stride(0),
-            teacher_strides=tuple(t.stride(0) for t in teachers),
-            C=C,
+            teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
+            C=student.shape[1],
             BLOCK=block,
             num_warps=warps,
         )
-
-
-def _assert_inputs(student, teachers, weights, gradient) -> None:
-    assert len(teachers) == len(weights)
-    for tensor in (student, *teachers):
-        assert_rows(tensor, student)
-    assert gradient is None or (gradient.shape == student.shape and gradient.is_contiguous())

@@ -1,0 +1,242 @@
+"""Soft cross-entropy against a sparse target in Triton: loss, KL and the student's gradient in one launch.
+
+    n    = sum_j p_j                                     over the k kept entries (class i_j, probability p_j)
+    r    = max(0, 1 - n) / (C - k)                       the other classes' probability each ("spread"), or
+    p_j  = p_j / n, r = 0                                ("renormalise")
+    M    = sum_j p_j + (C - k) r                         the target's mass, 1 but for the rounding of p
+    d    = s - max s,  e = exp(d / T),  Z = sum_c e
+    loss = M log Z - (sum_j p_j d_ij + r sum_(c not kept) d_c) / T
+    kl   = loss + sum_j p_j log p_j + (C - k) r log r
+    g    = (M e / Z - (p_j where kept, r elsewhere)) * factor / T
+
+Shape legend: B batch, C classes, k entries kept of each target.
+"""
+
+# ruff: noqa: N803 (constants of a kernel are in capitals)
+
+import torch
+import triton
+import triton.language as tl
+
+from .row_triton import (
+    LOG2E,
+    assert_outputs,
+    blocks,
+    load_logits,
+    log_sum,
+    max_and_sum,
+    programs,
+    store_row,
+)
+
+
+@triton.jit
+def _x_log_x(x):
+    return tl.where(x == 0.0, 0.0, x * tl.log(x))
+
+
+@triton.jit
+def _finite(d):
+    return tl.where(d == -float("inf"), 0.0, d)
+
+
+@triton.jit
+def _chunk_sums(d, first, log2e_over_t, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Of BLOCK classes: sum of e without the largest, how many are largest, sum of finite d, how many are -inf."""
+    classes = first + tl.arange(0, BLOCK)
+    e = tl.exp2(d * log2e_over_t)
+    others = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
+    ties = tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
+    finite = tl.sum(_finite(d), 0)
+    masked = tl.sum(tl.where((d == -float("inf")) & (classes < C), 1.0, 0.0), 0)
+    return others, ties, finite, masked
+
+
+@triton.jit
+def _row(
+    student,  # [B, C]
+    ids,  # [B, k], contiguous
+    probabilities,  # [B, k], contiguous
+    loss,  # float32 [B], or None
+    kl,  # float32 [B], or None
+    gradient,  # [B, C], contiguous, or None
+    row,
+    factor,
+    temperature,
+    student_stride: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,  # k
+    K_BLOCK: tl.constexpr,
+):
+    c = LOG2E / temperature
+    student += row * student_stride
+    entries = tl.arange(0, K_BLOCK)
+    kept = entries < K
+    i = tl.load(ids + row * K + entries, mask=kept, other=0).to(tl.int32)
+    p = tl.load(probabilities + row * K + entries, mask=kept, other=0.0).to(tl.float32)
+    valid = kept & (i >= 0) & (i < C)
+    p = tl.where(kept & (valid == 0), float("nan"), p)  # an id out of range spoils its sample, not other memory
+    n = tl.sum(p, 0)
+    if RENORMALISE:
+        p = p / n
+        n = tl.sum(p, 0)
+    if RENORMALISE or C == K:
+        rest = tl.zeros([], tl.float32)
+    else:
+        rest = tl.maximum(1.0 - n, 0.0) / (C - K)
+    mass = n + rest * (C - K)
+
+    scale = factor / temperature
+    if BLOCK >= C:
+        s = load_logits(student, 0, C, BLOCK).to(tl.float32)
+        top = tl.max(s, 0)
+        d = s - top
+        others, ties, finite, masked = _chunk_sums(d, 0, c, C, BLOCK)
+        z = others + ties
+        if gradient is not None:
+            g = (tl.exp2(d * c) * (mass / z) - rest) * scale
+            store_row(gradient + row * C, 0, g, C, BLOCK)
+    else:
+        top, z = max_and_sum(student, c, C, BLOCK)
+        others = 0.0
+        ties = 0.0
+        finite = 0.0
+        masked = 0.0
+        for first in tl.range(0, C, BLOCK):
+            d = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32) - top
+            if loss is not None:
+                sums = _chunk_sums(d, first, c, C, BLOCK)
+                others += sums[0]
+                ties += sums[1]
+                finite += sums[2]
+                masked += sums[3]
+            if gradient is not None:
+                g = (tl.exp2(d * c) * (mass / z) - rest) * scale
+                store_row(gradient + row * C, first, g, C, BLOCK)
+
+    d_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32) - top
+    if gradient is not None:
+        tl.debug_barrier()  # the kept entries overwrite what other threads have just stored
+        g = (tl.exp2(d_kept * c) * (mass / z) - p) * scale
+        tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
+    if loss is not None:
+        expected_d = tl.sum(tl.where(p == 0.0, 0.0, p * d_kept), 0)
+        finite -= tl.sum(tl.where(valid, _finite(d_kept), 0.0), 0)
+        masked -= tl.sum(tl.where(valid & (d_kept == -float("inf")), 1.0, 0.0), 0)
+        spread = tl.where(masked > 0.0, -float("inf"), finite)
+        expected_d += tl.where(rest == 0.0, 0.0, rest * spread)
+        value = mass * log_sum(others, ties) - expected_d / temperature
+        tl.store(loss + row, value)
+        if kl is not None:
+            tl.store(kl + row, value + tl.sum(_x_log_x(p), 0) + (C - K) * _x_log_x(rest))
+
+
+@triton.jit
+def kernel(
+    student,  # [B, C]
+    ids,  # [B, k], contiguous
+    probabilities,  # [B, k], contiguous
+    loss,  # float32 [B], or None
+    kl,  # float32 [B], or None
+    gradient,  # [B, C], contiguous, or None
+    upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
+    B,
+    factor,
+    temperature,
+    upstream_stride: tl.constexpr,
+    student_stride: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
+    """Forward: one program a row. Backward: the rows whose upstream gradient is not 1, anew, several a program."""
+    program = tl.program_id(0).to(tl.int64)
+    if upstream is None:
+        _row(
+            student,
+            ids,
+            probabilities,
+            loss,
+            kl,
+            gradient,
+            program,
+            factor,
+            temperature,
+            student_stride,
+            RENORMALISE,
+            C,
+            BLOCK,
+            K,
+            K_BLOCK,
+        )
+    else:
+        for row in tl.range(program, B, tl.num_programs(0)):
+            scale = tl.load(upstream + row * upstream_stride)
+            if scale != 1.0:
+                _row(
+                    student,
+                    ids,
+                    probabilities,
+                    loss,
+                    kl,
+                    gradient,
+                    row,
+                    scale * factor,
+                    temperature,
+                    student_stride,
+                    RENORMALISE,
+                    C,
+                    BLOCK,
+                    K,
+                    K_BLOCK,
+                )
+
+
+def launch(
+    student: torch.Tensor,
+    ids: torch.Tensor,
+    probabilities: torch.Tensor,
+    remainder: str,
+    temperature: float,
+    factor: float,
+    *,
+    loss: torch.Tensor | None = None,
+    kl: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+) -> None:
+    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in `kernel`.
+
+    With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
+    """
+    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
+    assert ids.shape[0] == student.shape[0], (ids.shape, student.shape)
+    assert ids.is_contiguous()
+    assert probabilities.is_contiguous()
+    assert_outputs(student, loss, kl, gradient, upstream)
+    block, warps = blocks(student.shape[1])
+    with torch.cuda.device_of(student):
+        kernel[programs(student.shape[0], upstream)](
+            student,
+            ids,
+            probabilities,
+            loss,
+            kl,
+            gradient,
+            upstream,
+            student.shape[0],
+            factor,
+            temperature,
+            upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
+            student_stride=student.stride(0),
+            RENORMALISE=remainder == "renormalise",
+            C=student.shape[1],
+            BLOCK=block,
+            K=ids.shape[1],
+            K_BLOCK=triton.next_power_of_2(ids.shape[1]),
+            num_warps=warps,
+        )

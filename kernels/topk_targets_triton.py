@@ -1,0 +1,93 @@
+"""The ensemble's k largest probabilities in Triton: from K teachers' logits, without a dense [B, C] mean in memory.
+
+    P = sum_k w_k softmax(t_k / T)                       (MEAL V2, Eq. 1)
+
+A class and its probability travel as one int64 key, the probability's bits (ordered like the number, since it is not
+negative) above a count that falls with the class: keys are distinct, and of equal probabilities the lower class wins.
+
+Shape legend: B batch, K teachers, C classes, k entries to keep.
+"""
+
+# ruff: noqa: N803 (constants of a kernel are in capitals)
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .row_triton import LOG2E, assert_rows, blocks, target_chunk, target_row, teacher_sums
+
+
+@triton.jit
+def _top_keys(target, first, C: tl.constexpr, BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
+    """The K_BLOCK largest keys of BLOCK classes, in descending order; -1 where there are fewer classes."""
+    classes = first + tl.arange(0, BLOCK)
+    bits = target.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may carry a sign; without it, it is the largest
+    keys = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - classes).to(tl.int64)
+    return tl.topk(tl.where(classes < C, keys, -1), K_BLOCK)
+
+
+@triton.jit
+def kernel(
+    teachers,  # K pointers to [B, C]
+    weights,  # K floats that sum to one
+    ids,  # int32 [B, k], contiguous
+    probabilities,  # float32 [B, k], contiguous
+    temperature,
+    teacher_strides: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,  # k
+    K_BLOCK: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    c = LOG2E / temperature
+    if BLOCK >= C:
+        keys = _top_keys(target_row(teachers, teacher_strides, weights, row, c, C, BLOCK), 0, C, BLOCK, K_BLOCK)
+    else:
+        tops, factors = teacher_sums(teachers, teacher_strides, weights, row, c, C, BLOCK)
+        keys = tl.full([K_BLOCK], -1, tl.int64)
+        for first in tl.range(0, C, BLOCK):
+            target = target_chunk(teachers, teacher_strides, tops, factors, row, first, c, C, BLOCK)
+            both = tl.join(keys, _top_keys(target, first, C, BLOCK, K_BLOCK))
+            keys = tl.topk(tl.reshape(both, [2 * K_BLOCK]), K_BLOCK)
+    entries = tl.arange(0, K_BLOCK)
+    kept = entries < K
+    tl.store(ids + row * K + entries, 0x7FFFFFFF - keys.to(tl.int32), mask=kept)
+    p = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(probabilities + row * K + entries, p, mask=kept)
+
+
+def launch(
+    teachers: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    temperature: float,
+    ids: torch.Tensor,
+    probabilities: torch.Tensor,
+) -> None:
+    """Fills ids and probabilities [B, k]; shapes as in `kernel`."""
+    assert len(teachers) == len(weights)
+    for teacher in teachers:
+        assert_rows(teacher, teachers[0])
+    rows, classes = teachers[0].shape
+    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
+    assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
+    assert ids.is_contiguous()
+    assert probabilities.is_contiguous()
+    block, warps = blocks(max(classes, 2))  # topk sorts two or more
+    with torch.cuda.device_of(ids):
+        kernel[(rows,)](
+            tuple(teachers),
+            tuple(weights),
+            ids,
+            probabilities,
+            temperature,
+            teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
+            C=classes,
+            BLOCK=block,
+            K=ids.shape[1],
+            K_BLOCK=max(2, triton.next_power_of_2(ids.shape[1])),
+            num_warps=warps,
+        )
