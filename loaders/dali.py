@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from .batch import Batch
+from .cpu_resize import resize_into
 from .dali_pipeline import GpuDecoding, build_pipeline
 from .render import LARGEST_RESIZED
 from .steps import Views
@@ -25,10 +26,16 @@ class DaliLoader(StreamLoader):
     Some rows are left to Pillow: images that the index does not know to be plain, files that broke, resized images
     too large to hold. DALI decodes a stand-in there, and the row is overwritten. A file that breaks after the scan
     makes DALI's pipeline fail, or shows by its size: it is found, replaced, and the pipeline built anew.
+
+    On the CPU, PyTorch resizes what DALI decoded: in a fifth of the time, and nearer to Pillow. `dali_resizes` has
+    DALI do it there too, as on a GPU.
     """
 
-    def __init__(self, index, steps, device, threads, prefetch, decoding: GpuDecoding | None = None):
+    def __init__(
+        self, index, steps, device, threads, prefetch, decoding: GpuDecoding | None = None, dali_resizes: bool = False
+    ):
         super().__init__(index, steps, device, threads, prefetch)
+        self._dali_resizes = dali_resizes or device.type == "cuda"
         self._decoding = decoding or GpuDecoding()
         self._refused: set[int] = set()  # images that DALI cannot decode though Pillow can
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="mealfast-overlay")
@@ -65,7 +72,7 @@ class DaliLoader(StreamLoader):
                 pending.clear()
                 self._build(len(again))
                 pending.extend(self._submit(step) for step in again)
-        images = self._take(outputs)
+        images = self._take(outputs) if self._dali_resizes else self._resize(outputs, views, overlays)
         read = np.asarray(sizes.as_tensor()).reshape(-1)
         self._pipe.release_outputs()
         indices = views.indices.copy()
@@ -89,6 +96,24 @@ class DaliLoader(StreamLoader):
         # knows when work that was only enqueued is done with it; DALI's allocator does not.
         return images.clone()
 
+    def _resize(self, crops, views: Views, overlays: dict[int, Future]) -> torch.Tensor:
+        size = self._steps.size
+        images = torch.empty(len(views), size, size, 3, dtype=torch.uint8)
+        rows = [row for row in range(len(views)) if row not in overlays]
+        chunk = max(1, len(rows) // (self._threads * 2))
+        pixels = images.numpy()
+
+        def fill(rows: list[int]) -> None:
+            for row in rows:
+                crop = torch.from_dlpack(crops[row])
+                resized, offset = views.resized[row].tolist(), views.offsets[row].tolist()
+                resize_into(pixels[row], crop, resized, offset, self._steps.interpolation)
+
+        tasks = [self._pool.submit(fill, rows[first : first + chunk]) for first in range(0, len(rows), chunk)]
+        for task in tasks:
+            task.result()
+        return images
+
     def _left_to_pillow(self, views: Views) -> np.ndarray:
         left = ~self._index.plain[views.indices]
         left |= views.resized.prod(axis=1) > LARGEST_RESIZED
@@ -109,7 +134,7 @@ class DaliLoader(StreamLoader):
         pipe.feed_input("starts", np.ascontiguousarray(boxes[:, :2]))
         pipe.feed_input("shapes", np.ascontiguousarray(boxes[:, 2:]))
         pipe.feed_input("flips", views.flips.astype(np.int32))
-        if self._steps.windowed:
+        if self._steps.windowed and self._dali_resizes:
             pipe.feed_input("resized", resized)
             pipe.feed_input("offsets", offsets)
 
@@ -124,6 +149,7 @@ class DaliLoader(StreamLoader):
             size=self._steps.size,
             windowed=self._steps.windowed,
             interpolation=self._steps.interpolation,
+            resize=self._dali_resizes,
             device_index=(self._device.index or 0) if self._device.type == "cuda" else None,
             threads=threads,
             prefetch=depth,

@@ -29,6 +29,7 @@ def build_pipeline(
     size: int,
     windowed: bool,
     interpolation: str,
+    resize: bool,
     device_index: int | None,
     threads: int,
     prefetch: int,
@@ -37,8 +38,9 @@ def build_pipeline(
     """A pipeline of batches of up to `rows` views, on GPU `device_index` or, where it is None, on the CPU.
 
     Inputs to feed: "paths" uint8 [L] each, "starts" and "shapes" int32 [2] each (x, y and width, height of the box),
-    "flips" int32 each; if `windowed` also "resized" float32 [2] and "offsets" int32 [2] each (x, y). Outputs: views
-    uint8 [size, size, 3] each, and the files' sizes in bytes, int64 [1] each, on the CPU.
+    "flips" int32 each; if `resize` and `windowed` also "resized" float32 [2] and "offsets" int32 [2] each (x, y).
+    Outputs: views uint8 [size, size, 3] each, or, without `resize`, uint8 [height, width, 3] each; and the files'
+    sizes in bytes, int64 [1] each, on the CPU.
     """
     pipe = Pipeline(
         batch_size=rows, num_threads=threads, device_id=device_index, prefetch_queue_depth=prefetch, exec_dynamic=True
@@ -64,25 +66,28 @@ def build_pipeline(
             adjust_orientation=False,  # Pillow and torchvision do not turn images by their EXIF tag either
             **(tuning if gpu else {}),
         )
-        # antialias: without it DALI's pixels are 1.5 of 255 off Pillow's, which costs about 1% of top-1.
-        resize = {"interp_type": INTERPOLATION[interpolation], "antialias": True}
-        if windowed:
-            resized = _input("resized", 1, types.FLOAT)
-            images = fn.resize(images, resize_x=resized[0], resize_y=resized[1], **resize)
-            images = fn.slice(
-                images,
-                start=_input("offsets", 1, types.INT32),
-                shape=[size, size],
-                axis_names="WH",
-                out_of_bounds_policy="pad",
-                fill_values=0,
-            )
-        else:
-            images = fn.resize(images, resize_x=size, resize_y=size, **resize)
+        if resize:
+            images = _resize(images, size, windowed, interpolation)
         images = fn.flip(images, horizontal=_input("flips", 0, types.INT32))
         pipe.set_outputs(images, encoded.shape(dtype=types.INT64))
     pipe.build()
     return pipe
+
+
+def _resize(images, size: int, windowed: bool, interpolation: str):
+    # antialias: without it DALI's pixels are 1.5 of 255 off Pillow's, which costs about 1% of top-1.
+    how = {"interp_type": INTERPOLATION[interpolation], "antialias": True}
+    if not windowed:
+        return fn.resize(images, resize_x=size, resize_y=size, **how)
+    resized = _input("resized", 1, types.FLOAT)
+    return fn.slice(
+        fn.resize(images, resize_x=resized[0], resize_y=resized[1], **how),
+        start=_input("offsets", 1, types.INT32),
+        shape=[size, size],
+        axis_names="WH",
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
 
 
 def _input(name: str, ndim: int, dtype):
