@@ -188,8 +188,7 @@ class DaliLoader(StreamLoader):
         for _, _, overlays in pending:
             for overlay in overlays.values():
                 overlay.cancel()
-        if pending:
-            self._pipe = None
+        self._pipe = None
 
     def close(self) -> None:
         super().close()

@@ -28,6 +28,7 @@ class StreamLoader(ABC):
         self._threads, self._prefetch = threads, prefetch
         self._labels = torch.from_numpy(index.labels)
         self._faults = Faults(index)
+        self._pending: deque = deque()  # of the iteration that runs
         self._render = RowRenderer(index, steps, self._faults)
 
     @property
@@ -44,8 +45,11 @@ class StreamLoader(ABC):
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._pending:  # an earlier iteration was left half-way and still lives
+            self._abandon(self._pending)
+        self._pending = pending = deque()
         todo = iter(range(len(self._steps)))
-        pending: deque = deque()
+        finished = False
         try:
             for k in islice(todo, self._prefetch):
                 pending.append(self._submit(k))
@@ -54,8 +58,13 @@ class StreamLoader(ABC):
                 for k in islice(todo, 1):
                     pending.append(self._submit(k))
                 yield batch
+                if self._pending is not pending:
+                    raise RuntimeError("the loader was started again: it serves one iteration at a time")
+            finished = True
         finally:
-            self._abandon(pending)
+            if not finished and self._pending is pending:
+                self._abandon(pending)
+                pending.clear()
 
     @abstractmethod
     def _submit(self, k: int):
@@ -67,7 +76,7 @@ class StreamLoader(ABC):
 
     @abstractmethod
     def _abandon(self, pending: deque) -> None:
-        """Forget what is in flight: empty at the normal end, not when the consumer leaves early."""
+        """Forget what is in flight: the consumer left early, or something failed."""
 
     def _batch(self, images: torch.Tensor, indices: torch.Tensor) -> Batch:
         return Batch(images, self._to_device(self._labels[indices]), self._to_device(indices))

@@ -139,14 +139,20 @@ def test_batches_stay_as_they_were_while_others_are_made(index, backend):
 def test_a_consumer_may_leave_early_and_come_back(index, backend):
     loader = train(backend, index)
     first = next(iter(loader)).images.clone()
-    again = list(loader)
+    left = iter(loader)
+    next(left)
+    again = list(loader)  # while the iterator that was left still lives
     assert len(again) == 12
     assert torch.equal(first, again[0].images)
+    assert torch.equal(again[6].indices, run(train(backend, index, start_step=6))[0].indices)
+    with pytest.raises(RuntimeError, match="one iteration at a time"):
+        next(left)
+    assert len(list(loader)) == 12
     loader.close()
     loader.close()
-    deadline = [t for t in threading.enumerate() if t.name.startswith("mealfast")]
-    for thread in deadline:
-        thread.join(10)
+    for thread in threading.enumerate():
+        if thread.name.startswith("mealfast"):
+            thread.join(10)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("mealfast")]
 
 

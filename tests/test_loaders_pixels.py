@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from mealfast.loaders import EvalViews, ImageIndex, ViewPlan, eval_loader, train_loader
+from mealfast.loaders.dali import DaliLoader
+from mealfast.loaders.pillow import PillowLoader
+from mealfast.loaders.steps import EvalSteps, TrainSteps
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as tvf
@@ -118,6 +121,28 @@ def test_dali_matches_pillow(kind, make, size, interpolation, photos, tmp_path):
     assert mean <= MEAN
     assert p99 <= P99
     assert worst <= 2 * MEAN
+
+
+@pytest.mark.parametrize("interpolation", BILINEAR_AND_BICUBIC)
+@pytest.mark.parametrize("kind", ["made", "photos"])
+def test_the_pipeline_that_resizes_by_itself_matches_pillow(kind, photos, tmp_path, interpolation):
+    # What runs on a GPU, on the CPU: there only the JPEG decoder is another.
+    index = ImageIndex.scan(folder(kind, photos, tmp_path), cache_dir=tmp_path)
+    plan = ViewPlan(index.widths, index.heights, seed=11, size=224, interpolation=interpolation)
+    train = {"batch_size": len(index), "start_step": 0, "stop_step": 1, "rank": 0, "world_size": 1}
+    for make_steps in (
+        lambda: TrainSteps(index, plan, **train),
+        lambda: EvalSteps(index, EvalViews(224, 256, interpolation), batch_size=32, rank=0, world_size=1),
+        lambda: EvalSteps(index, EvalViews(224, 200, interpolation), batch_size=32, rank=0, world_size=1),
+    ):
+        cpu = torch.device("cpu")
+        images, indices = collect(DaliLoader(index, make_steps(), cpu, 2, 2, dali_resizes=True))
+        reference, expected = collect(PillowLoader(index, make_steps(), cpu, 2, 2))
+        np.testing.assert_array_equal(indices, expected)
+        gap = np.abs(images.astype(np.int16) - reference)
+        print(f"\n{kind} {interpolation}: mean {gap.mean():.3f}, p99 {np.percentile(gap, 99):.0f}, max {gap.max()}")
+        assert gap.mean() <= MEAN
+        assert np.percentile(gap, 99) <= P99
 
 
 @pytest.mark.gpu
