@@ -31,7 +31,7 @@ class Faults:
                 return
             self._reasons[i] = reason
             count = len(self._reasons)
-        log.warning("%s: %s; other views replace this image", self._index.path(i), reason)
+        log.warning("%s: %s; other views replace this image", self._index.display_path(i), reason)
         if count > self._limit:
             raise DataError(
                 f"{self._index.root}: {count} of {len(self._index)} images broke after they were indexed, e.g. "

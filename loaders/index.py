@@ -14,7 +14,7 @@ import numpy as np
 from . import index_store
 from .batch import DataError
 from .index_store import Stored
-from .probe import DECODED, PLAIN
+from .probe import DECODED, PLAIN, printable
 from .probe_pool import core_count, probe_all
 from .walk import Listing, list_images
 
@@ -196,4 +196,4 @@ def _build(root: Path, stored: Stored, classes: Sequence[str] | None) -> ImageIn
 
 
 def _printable(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
+    return printable(path.decode("utf-8", "backslashreplace"))

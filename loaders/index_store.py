@@ -50,6 +50,9 @@ def load(path: Path) -> Stored | None:
         reasons = arrays["reasons"].tobytes().decode().split("\0")[:-1]
         if any(len(column) != len(paths) for column in (reasons, *(arrays[name] for name in _COLUMNS))):
             return None
+        usable = np.array([not reason for reason in reasons], bool)
+        if min(arrays["widths"][usable].min(initial=1), arrays["heights"][usable].min(initial=1)) < 1:
+            return None
         return Stored(paths, reasons, **{name: arrays[name] for name in _COLUMNS})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent, of another version or damaged: a new scan replaces it

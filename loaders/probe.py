@@ -114,7 +114,12 @@ def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can identify"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    return printable(" ".join(text.split())[:200]) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` on one line: line breaks and control characters as backslash escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class RowRenderer:
             return self._render(i, views, row)
         except Exception as error:  # hostile files raise anything
             if not self._steps.replaceable:
-                path = self._index.path(i)
+                path = f"{self._index.root}/{self._index.display_path(i)}"
                 raise DataError(f"{path}: {reason(error)}; mend or remove the file and start again") from None
             self._faults.add(i, reason(error))
             return None

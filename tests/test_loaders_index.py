@@ -87,6 +87,7 @@ def test_names_of_every_kind(tmp_path):
     assert all(Path(found.path(i)).exists() for i in range(len(found)))
     assert sum("\\xff\\xfe" in found.display_path(i) for i in range(len(found))) == 1
     assert found.digest == ImageIndex.scan(root).digest
+    assert all(found.display_path(i).isprintable() for i in range(len(found)))
 
 
 def test_links_are_followed_and_loops_end(tree, tmp_path):
@@ -291,6 +292,7 @@ class Payload:
         stored_bytes()[:-100],
         stored_bytes(version=np.array([99])),
         stored_bytes(widths=np.zeros(5, np.int32)),
+        stored_bytes(),  # an image of 0 x 0 pixels
         stored_bytes(widths=np.zeros(1, np.float32)),
         stored_bytes(widths=np.array([Payload()], dtype=object)),
         stored_bytes(bytes=np.zeros(1)).replace(b"(1,)", b"(9,)"),
