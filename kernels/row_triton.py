@@ -1,8 +1,9 @@
 """What the kernels share: one row of logits at a time, by one program, in float32.
 
 Shape legend: B batch, K teachers, C classes. A row of C <= ROW_LIMIT is held in registers, BLOCK >= C lanes at once. A
-longer row is swept in chunks of BLOCK, twice: first for each tensor's maximum and sum, then for the result. The second
-sweep finds the row in the L2 cache, so that each logit crosses the memory bus once either way.
+longer row is swept in chunks of BLOCK = CHUNK, twice: first for each tensor's maximum and sum, then for the result. The
+second sweep finds the row in the L2 cache (two programs of a multiprocessor hold 2 (K + 1) rows between them, which is
+35 MB for a whole H100 at C = 21,843, K = 2, bfloat16), so that each logit crosses the memory bus once either way.
 
 Exponentials are exp(x / T) = exp2(x * log2e_over_t), with log2e_over_t = log2(e) / T: one multiply and one instruction.
 Strides and C are constexpr: that is how Triton sees that a row of 1000 bfloat16 begins at a multiple of 16 bytes, and
@@ -18,12 +19,13 @@ import triton
 import triton.language as tl
 
 ROW_LIMIT = 4096
+CHUNK = 2048
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def blocks(classes: int) -> tuple[int, int]:
     """BLOCK and the number of warps for rows of C classes: 8 logits a thread, which is 128 bits of a 16-bit dtype."""
-    block = min(triton.next_power_of_2(classes), ROW_LIMIT)
+    block = triton.next_power_of_2(classes) if classes <= ROW_LIMIT else CHUNK
     return block, max(1, block // 256)
 
 
@@ -67,7 +69,7 @@ def load_logits(
     first,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr,  # how the caches should keep it: "", "evict_first" or "evict_last"
 ):
     """Logits first to first + BLOCK - 1 of a row in the row's dtype, -inf beyond C."""
     classes = first + tl.arange(0, BLOCK)
@@ -121,11 +123,11 @@ def target_row(
 ):
     """Eq. 1 of one row in registers: P = sum_k w_k exp((t_k - max t_k) / T) / sum exp((t_k - max t_k) / T)."""
     target = tl.zeros([BLOCK], tl.float32)
-    ahead = load_logits(teachers[0] + row * teacher_strides[0], 0, C, BLOCK)
+    ahead = load_logits(teachers[0] + row * teacher_strides[0], 0, C, BLOCK, "")
     for k in tl.static_range(len(teachers)):
         logits = ahead.to(tl.float32)
         if k + 1 < len(teachers):  # the next teacher is on its way while this one is reduced
-            ahead = load_logits(teachers[k + 1] + row * teacher_strides[k + 1], 0, C, BLOCK)
+            ahead = load_logits(teachers[k + 1] + row * teacher_strides[k + 1], 0, C, BLOCK, "")
         e = tl.exp2((logits - tl.max(logits, 0)) * log2e_over_t)
         target += e * (weights[k] / tl.sum(e, 0))
     return target

@@ -51,7 +51,9 @@ def _one_row(
 ):
     """A row that fits in registers: each logit is loaded once."""
     c = LOG2E / temperature
-    student_logits = load_logits(student + row * student_stride, 0, C, BLOCK)  # first, to arrive while teachers reduce
+    student_logits = load_logits(
+        student + row * student_stride, 0, C, BLOCK, ""
+    )  # first, to arrive while teachers reduce
     target = target_row(teachers, teacher_strides, weights, row, c, C, BLOCK)
     s = student_logits.to(tl.float32)
     d = s - tl.max(s, 0)
@@ -113,7 +115,7 @@ def _long_row(
 
 
 @triton.jit
-def kernel(
+def ensemble_soft_ce_kernel(
     student,  # [B, C]
     teachers,  # K pointers to [B, C]
     weights,  # K floats that sum to one
@@ -182,7 +184,7 @@ def launch(
     gradient: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in `kernel`.
+    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in the kernel.
 
     With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
     """
@@ -192,7 +194,7 @@ def launch(
     assert_outputs(student, loss, kl, gradient, upstream)
     block, warps = blocks(student.shape[1])
     with torch.cuda.device_of(student):
-        kernel[programs(student.shape[0], upstream)](
+        ensemble_soft_ce_kernel[programs(student.shape[0], upstream)](
             student,
             tuple(teachers),
             tuple(weights),

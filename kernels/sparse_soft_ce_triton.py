@@ -90,7 +90,7 @@ def _row(
 
     scale = factor / temperature
     if BLOCK >= C:
-        s = load_logits(student, 0, C, BLOCK).to(tl.float32)
+        s = load_logits(student, 0, C, BLOCK, "").to(tl.float32)
         top = tl.max(s, 0)
         d = s - top
         others, ties, finite, masked = _chunk_sums(d, 0, c, C, BLOCK)
@@ -134,7 +134,7 @@ def _row(
 
 
 @triton.jit
-def kernel(
+def sparse_soft_ce_kernel(
     student,  # [B, C]
     ids,  # [B, k], contiguous
     probabilities,  # [B, k], contiguous
@@ -209,7 +209,7 @@ def launch(
     gradient: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in `kernel`.
+    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in the kernel.
 
     With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
     """
@@ -220,7 +220,7 @@ def launch(
     assert_outputs(student, loss, kl, gradient, upstream)
     block, warps = blocks(student.shape[1])
     with torch.cuda.device_of(student):
-        kernel[programs(student.shape[0], upstream)](
+        sparse_soft_ce_kernel[programs(student.shape[0], upstream)](
             student,
             ids,
             probabilities,

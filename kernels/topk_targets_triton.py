@@ -29,7 +29,7 @@ def _top_keys(target, first, C: tl.constexpr, BLOCK: tl.constexpr, K_BLOCK: tl.c
 
 
 @triton.jit
-def kernel(
+def ensemble_topk_kernel(
     teachers,  # K pointers to [B, C]
     weights,  # K floats that sum to one
     ids,  # int32 [B, k], contiguous
@@ -67,7 +67,7 @@ def launch(
     ids: torch.Tensor,
     probabilities: torch.Tensor,
 ) -> None:
-    """Fills ids and probabilities [B, k]; shapes as in `kernel`."""
+    """Fills ids and probabilities [B, k]; shapes as in the kernel."""
     assert len(teachers) == len(weights)
     for teacher in teachers:
         assert_rows(teacher, teachers[0])
@@ -78,7 +78,7 @@ def launch(
     assert probabilities.is_contiguous()
     block, warps = blocks(max(classes, 2))  # topk sorts two or more
     with torch.cuda.device_of(ids):
-        kernel[(rows,)](
+        ensemble_topk_kernel[(rows,)](
             tuple(teachers),
             tuple(weights),
             ids,
