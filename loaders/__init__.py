@@ -3,6 +3,7 @@
 from .batch import Batch, DataError, Loader
 from .create import eval_loader, train_loader
 from .index import ImageIndex
+from .packing import pack
 from .replay import ReplayLoader
 from .views import EvalViews, ViewPlan
 
@@ -15,5 +16,6 @@ __all__ = [
     "ReplayLoader",
     "ViewPlan",
     "eval_loader",
+    "pack",
     "train_loader",
 ]

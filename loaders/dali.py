@@ -123,14 +123,18 @@ class DaliLoader(StreamLoader):
         return left
 
     def _feed(self, pipe, views: Views, stand_ins: list[int]) -> None:
-        paths = [np.frombuffer(self._index.path_bytes(i), np.uint8) for i in views.indices.tolist()]
+        packed = self._index.packed
+        files = [
+            self._index.encoded(i) if packed else np.frombuffer(self._index.path_bytes(i), np.uint8)
+            for i in views.indices.tolist()
+        ]
         boxes, resized, offsets = views.boxes.copy(), views.resized.astype(np.float32), views.offsets.astype(np.int32)
         for row in stand_ins:
-            paths[row] = self._stand_in.path
+            files[row] = self._stand_in.jpeg if packed else self._stand_in.path
         boxes[stand_ins] = (0, 0, 1, 1)
         resized[stand_ins] = self._steps.size
         offsets[stand_ins] = 0
-        pipe.feed_input("paths", paths)
+        pipe.feed_input("encoded" if packed else "paths", files)
         pipe.feed_input("starts", np.ascontiguousarray(boxes[:, :2]))
         pipe.feed_input("shapes", np.ascontiguousarray(boxes[:, 2:]))
         pipe.feed_input("flips", views.flips.astype(np.int32))
@@ -150,6 +154,7 @@ class DaliLoader(StreamLoader):
             windowed=self._steps.windowed,
             interpolation=self._steps.interpolation,
             resize=self._dali_resizes,
+            packed=self._index.packed,
             device_index=(self._device.index or 0) if self._device.type == "cuda" else None,
             threads=threads,
             prefetch=depth,
@@ -167,6 +172,8 @@ class DaliLoader(StreamLoader):
         self._refused.update(views.indices[refused].tolist())
 
     def _changed(self, i: int) -> bool:
+        if self._index.packed:
+            return False
         try:
             return os.stat(self._index.path_bytes(i)).st_size != self._index.bytes[i]
         except OSError:
@@ -205,5 +212,6 @@ class _StandIn:
         Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
         fd = os.memfd_create("mealfast-stand-in")
         os.write(fd, jpeg.getvalue())
+        self.jpeg = np.frombuffer(jpeg.getvalue(), np.uint8)
         self.path = np.frombuffer(f"/proc/self/fd/{fd}".encode(), np.uint8)
         self.close = weakref.finalize(self, os.close, fd)

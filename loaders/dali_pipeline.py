@@ -30,6 +30,7 @@ def build_pipeline(
     windowed: bool,
     interpolation: str,
     resize: bool,
+    packed: bool,
     device_index: int | None,
     threads: int,
     prefetch: int,
@@ -37,7 +38,8 @@ def build_pipeline(
 ) -> Pipeline:
     """A pipeline of batches of up to `rows` views, on GPU `device_index` or, where it is None, on the CPU.
 
-    Inputs to feed: "paths" uint8 [L] each, "starts" and "shapes" int32 [2] each (x, y and width, height of the box),
+    Inputs to feed: "paths" uint8 [L] each, or, if `packed`, files as "encoded" uint8 [L] each, to be kept alive and
+    unchanged until their batch is out; "starts" and "shapes" int32 [2] each (x, y and width, height of the box),
     "flips" int32 each; if `resize` and `windowed` also "resized" float32 [2] and "offsets" int32 [2] each (x, y).
     Outputs: views uint8 [size, size, 3] each, or, without `resize`, uint8 [height, width, 3] each; and the files'
     sizes in bytes, int64 [1] each, on the CPU.
@@ -46,7 +48,11 @@ def build_pipeline(
         batch_size=rows, num_threads=threads, device_id=device_index, prefetch_queue_depth=prefetch, exec_dynamic=True
     )
     with pipe:
-        encoded = fn.io.file.read(_input("paths", 1, types.UINT8))
+        if packed:
+            # No copy: DALI's threads read the memory maps themselves, as they do with files of their own.
+            encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
+        else:
+            encoded = fn.io.file.read(_input("paths", 1, types.UINT8))
         gpu = device_index is not None
         tuning = {
             "device": "mixed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import index_store
+from . import index_store, packed
 from .batch import DataError
 from .index_store import Stored
+from .packed import PackedFiles
 from .probe import DECODED, PLAIN, printable
 from .probe_pool import core_count, probe_all
 from .walk import Listing, list_images
@@ -36,6 +38,7 @@ class ImageIndex:
     quarantined: list[tuple[str, str]]  # (relative path, reason)
     _names: bytes  # all relative paths, joined: a list of a million objects would take 100 MB
     _ends: np.ndarray  # int64 [N], end of each path in _names
+    _packed: PackedFiles | None = None
 
     @classmethod
     def scan(
@@ -54,12 +57,19 @@ class ImageIndex:
         (default: a hidden file in `root`, or the user's cache folder where that is read-only), and only new or
         changed files are looked into again. `classes` fixes the label of each class name, by position. `decode`
         decodes every image once instead of reading headers. Raises DataError: no such folder, no usable image, a
-        folder that is not among `classes`.
+        folder that is not among `classes`. A folder that `pack` wrote is opened without looking into its files.
         """
         root = Path(root)
+        if (root / packed.INDEX).is_file():
+            stored, files = packed.open_pack(root)
+            return _build(root, stored, classes, files)
+        if (root / packed.UNFINISHED).is_file():
+            raise DataError(f"{root}: packing was interrupted; pack the images again")
         listing = list_images(root)
         places = index_store.store_paths(root, None if cache_dir is None else Path(cache_dir))
-        old = next((stored for place in places if (stored := index_store.load(place)) is not None), None)
+        found = [stored for place in places if (stored := index_store.load(place)) is not None]
+        # More than one where the first place is read-only: the newer knows more of the files.
+        old = max(found, key=lambda stored: len(_matches(listing, stored)[0]), default=None)
         stored, changed = _probe_new(root, listing, old, decode, workers or core_count(), progress)
         if changed and not any(index_store.save(stored, place) for place in places) and cache_dir is not None:
             raise DataError(f"{cache_dir}: the image index cannot be written there; give a folder that is writable")
@@ -73,12 +83,25 @@ class ImageIndex:
         return os.fsdecode(self._name(i))
 
     def path(self, i: int) -> str:
-        """Path of image `i`, absolute."""
+        """Path of image `i`, absolute; of a packed one, where it would lie if it were unpacked."""
         return os.fsdecode(self.path_bytes(i))
 
     def path_bytes(self, i: int) -> bytes:
         """Path of image `i`, absolute, as the file system's bytes."""
         return self._root_bytes + self._name(i)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the images lie in the few large files of a pack, and not in files of their own."""
+        return self._packed is not None
+
+    def encoded(self, i: int) -> np.ndarray:
+        """Image `i` of a pack as stored, uint8 [L]: a view of the file's memory map."""
+        return self._packed.encoded(i, int(self.bytes[i]))
+
+    def source(self, i: int) -> bytes | io.BytesIO:
+        """What Pillow opens for image `i`: its path, or its bytes where it is packed."""
+        return io.BytesIO(self.encoded(i)) if self.packed else self.path_bytes(i)
 
     def display_path(self, i: int) -> str:
         """Path of image `i` below the root, safe to print whatever its bytes."""
@@ -136,7 +159,8 @@ def _probe_new(
             reasons[row] = found
         else:
             widths[row], heights[row], bits[row] = found
-    stored = Stored(listing.paths, reasons, listing.bytes, listing.mtimes, widths, heights, bits)
+    nowhere = np.zeros(n, np.int32)
+    stored = Stored(listing.paths, reasons, listing.bytes, listing.mtimes, widths, heights, bits, nowhere, nowhere)
     return stored, old is None or bool(unknown) or len(old.paths) != n
 
 
@@ -162,7 +186,7 @@ def _probe(top: bytes, listing: Listing, rows: list[int], decode: bool, workers:
         return probe_all(paths, decode=decode, workers=workers, done=bar.update)
 
 
-def _build(root: Path, stored: Stored, classes: Sequence[str] | None) -> ImageIndex:
+def _build(root: Path, stored: Stored, classes: Sequence[str] | None, files: PackedFiles | None = None) -> ImageIndex:
     usable = [row for row, reason in enumerate(stored.reasons) if not reason]
     quarantined = [(_printable(stored.paths[row]), reason) for row, reason in enumerate(stored.reasons) if reason]
     if not usable:
@@ -192,6 +216,7 @@ def _build(root: Path, stored: Stored, classes: Sequence[str] | None) -> ImageIn
         quarantined=quarantined,
         _names=b"".join(names),
         _ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        _packed=None if files is None else files.select(usable),
     )
 
 

@@ -12,9 +12,17 @@ from pathlib import Path
 import numpy as np
 
 NAME = ".mealfast-index.npz"
-VERSION = 1
+VERSION = 2
 # Array name -> dtype, bytes a file. `paths` and `reasons` are UTF-8 or raw path bytes, each ended by a NUL.
-_COLUMNS = {"bytes": np.int64, "mtimes": np.int64, "widths": np.int32, "heights": np.int32, "bits": np.uint8}
+_COLUMNS = {
+    "bytes": np.int64,
+    "mtimes": np.int64,
+    "widths": np.int32,
+    "heights": np.int32,
+    "bits": np.uint8,
+    "shards": np.int32,
+    "offsets": np.int64,
+}
 _TEXTS = ("paths", "reasons")
 
 
@@ -29,6 +37,8 @@ class Stored:
     widths: np.ndarray  # int32 [N], 0 where unusable
     heights: np.ndarray  # int32 [N]
     bits: np.ndarray  # uint8 [N], of probe.py
+    shards: np.ndarray  # int32 [N], of packed data: the number of the file that holds the image
+    offsets: np.ndarray  # int64 [N], of packed data: where the image begins in it
 
 
 def store_paths(root: Path, cache_dir: Path | None) -> list[Path]:
@@ -43,19 +53,23 @@ def store_paths(root: Path, cache_dir: Path | None) -> list[Path]:
 def load(path: Path) -> Stored | None:
     """The stored index, or None where there is none that can be used."""
     try:
-        arrays = _read_arrays(path)
-        if arrays is None:
-            return None
-        paths = arrays["paths"].tobytes().split(b"\0")[:-1]
-        reasons = arrays["reasons"].tobytes().decode().split("\0")[:-1]
-        if any(len(column) != len(paths) for column in (reasons, *(arrays[name] for name in _COLUMNS))):
-            return None
-        usable = np.array([not reason for reason in reasons], bool)
-        if min(arrays["widths"][usable].min(initial=1), arrays["heights"][usable].min(initial=1)) < 1:
-            return None
-        return Stored(paths, reasons, **{name: arrays[name] for name in _COLUMNS})
+        return _load(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent, of another version or damaged: a new scan replaces it
+
+
+def _load(path: Path) -> Stored | None:
+    arrays = _read_arrays(path)
+    if arrays is None:
+        return None
+    paths = arrays["paths"].tobytes().split(b"\0")[:-1]
+    reasons = arrays["reasons"].tobytes().decode().split("\0")[:-1]
+    if any(len(column) != len(paths) for column in (reasons, *(arrays[name] for name in _COLUMNS))):
+        return None
+    usable = np.array([not reason for reason in reasons], bool)
+    if min(arrays["widths"][usable].min(initial=1), arrays["heights"][usable].min(initial=1)) < 1:
+        return None
+    return Stored(paths, reasons, **{name: arrays[name] for name in _COLUMNS})
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:

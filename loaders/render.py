@@ -49,7 +49,7 @@ class RowRenderer:
             return None
 
     def _render(self, i: int, views: Views, row: int) -> np.ndarray:
-        with open_image(self._index.path_bytes(i)) as image:
+        with open_image(self._index.source(i)) as image:
             expected = (int(self._index.widths[i]), int(self._index.heights[i]))
             if image.size != expected:
                 raise ValueError("its size in pixels changed since it was indexed")
