@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ class Run:
                 f"{runtime.world_size} x {recipe.accumulate}"
             )
         with runtime.main_first():  # the others find the index that the main process has stored
-            found = splits.scan_splits(recipe.data, workers=recipe.loader_threads, progress=runtime.is_main)
+            found = splits.scan_splits(
+                recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
+            )
         self.parts = assemble(recipe, runtime)
         self.data = splits.number_classes(
             found,

@@ -219,7 +219,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr_decay_epochs": (15,),
         "amp": "off",
         "compile": False,
-        "log_every": 12,
+        "log_every": 24,
+        "eval_every": 2,
     },
 }
 

