@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
-import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from mealfast.loaders import DataError, ImageIndex, ViewPlan, train_loader
+from mealfast.loaders.cores import core_count
 from PIL import Image
 
 NAMES = ("bare-dali", "mealfast-dali", "mealfast-pillow", "torchvision")
-CORES = len(os.sched_getaffinity(0))
+CORES = core_count()
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ class Setting:
 
     def __init__(self, args, names=None, **changes):
         self.names = names or args.names
-        self.hardware_share = None  # the decoder's default
+        self.decoding = {}  # settings of the GPU's decoder that differ from the default
         for name in ("size", "batch_size", "threads", "prefetch"):
             setattr(self, name, getattr(args, name))
         for name, value in changes.items():
@@ -84,13 +83,15 @@ class Setting:
 
 
 def sweep(args):
-    """One setting changed at a time from the base, and batch sizes, at both sizes of the recipes."""
+    """One setting changed at a time from the base, at both sizes of the recipes."""
     for size in (224, 380):
         base = Setting(args, size=size)
         yield base
-        variants = [("batch_size", (64, 128, 256, 1024)), ("hardware_share", (0.0, 0.5, 0.8, 0.9, 0.99))]
-        variants += [("threads", (2, 4, 6, 8, 12, 16)), ("prefetch", (1, 3, 4, 5))]
-        for name, values in variants:
+        variants = {"batch_size": (64, 128, 256, 1024), "threads": (2, 4, 6, 8, 12, 16), "prefetch": (1, 3, 4, 5)}
+        variants["decoding"] = [{"hardware_share": share} for share in (0.0, 0.5, 0.8, 0.9, 0.99)]
+        variants["decoding"] += [{"fancy_upsampling": False}, {"width_hint": 5980, "height_hint": 6430}]
+        variants["decoding"] += [{"device_padding": 211025920, "host_padding": 140544512}]
+        for name, values in variants.items():
             for value in values:
                 yield Setting(args, ["mealfast-dali"], size=size, **{name: value})
 
@@ -112,10 +113,10 @@ def measure(index, setting, args):
     for stream in streams.values():
         stream.close()
     for name, values in rates.items():
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        quartiles = np.percentile(values, [25, 50, 75])
         yield {
             "name": name,
-            "images_per_second": round(statistics.median(values), 1),
+            "images_per_second": round(quartiles[1], 1),
             "spread": {"p25": round(quartiles[0], 1), "p75": round(quartiles[2], 1)},
             "min": round(min(values), 1),
             "max": round(max(values), 1),
@@ -124,7 +125,7 @@ def measure(index, setting, args):
             "batch_size": setting.batch_size,
             "threads": setting.threads,
             "prefetch": setting.prefetch,
-            "hardware_share": setting.hardware_share,
+            "decoding": setting.decoding,
             "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
             **environment(index),
         }
@@ -174,8 +175,8 @@ def report(row, out):
     spread = f"{row['spread']['p25']:.0f} to {row['spread']['p75']:.0f}"
     print(
         f"{row['name']:16} {row['images_per_second']:9.1f} images/s  (quartiles {spread})  size {row['size']}, "
-        f"batch {row['batch_size']}, threads {row['threads']}, prefetch {row['prefetch']}, "
-        f"decoder share {row['hardware_share'] or 'default'}",
+        f"batch {row['batch_size']}, threads {row['threads']}, prefetch {row['prefetch']}"
+        + "".join(f", {name} {value}" for name, value in row["decoding"].items()),
         flush=True,
     )
     if out is not None:
@@ -200,14 +201,12 @@ def bare_dali(index, setting, args):
         encoded, labels = fn.readers.file(
             files=files, labels=index.labels.tolist(), random_shuffle=True, initial_fill=1024, name="reader"
         )
-        tuning = {"hw_decoder_load": setting.hardware_share or 0.65} if gpu else {}
         images = fn.decoders.image_random_crop(
             encoded,
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
             random_area=[0.08, 1.0],
             random_aspect_ratio=[3 / 4, 4 / 3],
-            **tuning,
         )
         images = fn.resize(
             images, resize_x=setting.size, resize_y=setting.size, interp_type=types.INTERP_LINEAR, antialias=True
@@ -231,10 +230,10 @@ def mealfast(backend):
     def stream(index, setting, args):
         plan = ViewPlan(index.widths, index.heights, seed=1, size=setting.size)
         options = {}
-        if backend == "dali" and setting.hardware_share is not None:
+        if backend == "dali":
             from mealfast.loaders.dali_pipeline import GpuDecoding
 
-            options["decoding"] = GpuDecoding(hardware_share=setting.hardware_share)
+            options["decoding"] = GpuDecoding(**setting.decoding)
         loader = train_loader(
             backend,
             index,

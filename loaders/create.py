@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batch import DataError
+from .cores import core_share
 from .index import ImageIndex
 from .pillow import PillowLoader
 from .steps import EvalSteps, TrainSteps
-from .stream import StreamLoader, default_threads
+from .stream import StreamLoader
 from .views import EvalViews, ViewPlan
 
 if TYPE_CHECKING:  # importing it takes DALI
@@ -76,12 +77,15 @@ def eval_loader(
 
 
 def _loader(backend, index, steps, device, threads, prefetch, decoding) -> StreamLoader:
-    threads = default_threads() if threads is None else threads
+    threads = core_share() if threads is None else threads
     prefetch = PREFETCH if prefetch is None else prefetch
     if threads < 1 or prefetch < 1:
         raise DataError(f"loader threads {threads} and prefetch {prefetch}: both must be at least 1")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if backend == "pillow":
-        return PillowLoader(index, steps, torch.device(device), threads, prefetch)
+        return PillowLoader(index, steps, device, threads, prefetch)
     if backend == "dali":
         try:
             from .dali import DaliLoader

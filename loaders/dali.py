@@ -155,7 +155,7 @@ class DaliLoader(StreamLoader):
             interpolation=self._steps.interpolation,
             resize=self._dali_resizes,
             packed=self._index.packed,
-            device_index=(self._device.index or 0) if self._device.type == "cuda" else None,
+            device_index=self._device.index if self._device.type == "cuda" else None,
             threads=threads,
             prefetch=depth,
             decoding=self._decoding,

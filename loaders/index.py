@@ -14,10 +14,11 @@ import numpy as np
 
 from . import index_store, packed
 from .batch import DataError
+from .cores import core_share
 from .index_store import Stored
 from .packed import PackedFiles
 from .probe import DECODED, PLAIN, printable
-from .probe_pool import core_count, probe_all
+from .probe_pool import probe_all
 from .walk import Listing, list_images
 
 
@@ -53,11 +54,12 @@ class ImageIndex:
     ) -> ImageIndex:
         """Index the images below `root`: class = first folder of the path, -1 for images in `root` itself.
 
-        Files are looked into once, by `workers` processes (default: one a core); the result is stored in `cache_dir`
-        (default: a hidden file in `root`, or the user's cache folder where that is read-only), and only new or
-        changed files are looked into again. `classes` fixes the label of each class name, by position. `decode`
-        decodes every image once instead of reading headers. Raises DataError: no such folder, no usable image, a
-        folder that is not among `classes`. A folder that `pack` wrote is opened without looking into its files.
+        Files are looked into once, by `workers` processes (default: this process's share of the cores); the result
+        is stored in `cache_dir` (default: a hidden file in `root`, or the user's cache folder where that is
+        read-only), and only new or changed files are looked into again. `classes` fixes the label of each class name,
+        by position. `decode` decodes every image once instead of reading headers. A folder that `pack` wrote is
+        opened without looking into its files. Raises DataError: no such folder, no usable image, a folder that is not
+        among `classes`.
         """
         root = Path(root)
         if (root / packed.INDEX).is_file():
@@ -70,7 +72,7 @@ class ImageIndex:
         found = [stored for place in places if (stored := index_store.load(place)) is not None]
         # More than one where the first place is read-only: the newer knows more of the files.
         old = max(found, key=lambda stored: len(_matches(listing, stored)[0]), default=None)
-        stored, changed = _probe_new(root, listing, old, decode, workers or core_count(), progress)
+        stored, changed = _probe_new(root, listing, old, decode, workers or core_share(), progress)
         if changed and not any(index_store.save(stored, place) for place in places) and cache_dir is not None:
             raise DataError(f"{cache_dir}: the image index cannot be written there; give a folder that is writable")
         return _build(root, stored, classes)

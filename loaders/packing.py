@@ -17,11 +17,11 @@ from PIL import Image
 
 from . import index_store
 from .batch import DataError
+from .cores import core_share
 from .index import ImageIndex
 from .index_store import Stored
 from .packed import INDEX, UNFINISHED, shard_name
 from .probe import PLAIN, open_image
-from .probe_pool import core_count
 
 
 def pack(
@@ -46,7 +46,7 @@ def pack(
     folder = Path(folder)
     try:
         _claim(folder)
-        images = _encoded_images(index, shorter_side, quality, workers or core_count())
+        images = _encoded_images(index, shorter_side, quality, workers or core_share())
         if progress:
             from tqdm import tqdm
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ import torch
 from .batch import Batch
 from .faults import Faults
 from .index import ImageIndex
-from .probe_pool import core_count
 from .render import RowRenderer
 from .steps import EvalSteps, TrainSteps
 
@@ -89,8 +87,3 @@ class StreamLoader(ABC):
     def close(self) -> None:
         """Stop the loader's threads."""
         self._steps.close()
-
-
-def default_threads() -> int:
-    """This process's share of the cores it may use, one at least."""
-    return max(1, core_count() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
