@@ -28,8 +28,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mealfast demo",
         usage="mealfast demo [OPTIONS]",
-        description="Distils two teachers into a student on scikit-learn's handwritten digits in about three minutes on "
-        "two CPU cores, and shows the student's start and controls beside it.",
+        description="Distils two teachers into a student on scikit-learn's handwritten digits in about three minutes "
+        "on two CPU cores, and shows the student's start and controls beside it.",
     )
     parser.add_argument(
         "--run-dir", default="runs/demo", metavar="DIR", help="made anew each time (default: runs/demo)"
