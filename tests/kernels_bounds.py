@@ -1,0 +1,105 @@
+"""The float64 oracle of the kernels' tests, how far a result may be from it, and the worst that a session has met.
+
+Shape legend: B batch, C classes. EPS is float32's: the kernels accumulate in it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from mealfast.kernels.dispatch import INTERPRETED
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def logits(*shape: int, dtype=torch.float32, device="cpu", scale=3.0, seed=0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+
+def softmax_mean(teachers, weights=None, temperature=1.0) -> Tensor:
+    """Eq. 1 in float64."""
+    weights = weights or [1 / len(teachers)] * len(teachers)
+    softmaxes = [(t.double() / temperature).softmax(-1) * w for t, w in zip(teachers, weights, strict=True)]
+    return torch.stack(softmaxes).sum(0)
+
+
+@dataclass
+class Oracle:
+    """Samples of loss and KL, gradient of sum_b upstream_b loss_b, and the bounds around them, in float64."""
+
+    loss: Tensor  # [B]
+    kl: Tensor  # [B]
+    gradient: Tensor  # [B, C]
+    operands: Tensor  # [B, 1]: the larger of the two probabilities that a gradient is the difference of
+
+    @classmethod
+    def of(cls, student: Tensor, target: Tensor, temperature=1.0, upstream=1.0) -> Oracle:
+        s = student.detach().double() / temperature
+        q = s.softmax(-1)
+        loss = -torch.where(target == 0, 0, target * s.log_softmax(-1)).sum(-1)
+        factor = torch.as_tensor(upstream, dtype=torch.float64, device=s.device).expand(len(s))[:, None] / temperature
+        return cls(
+            loss=loss,
+            kl=loss - torch.special.entr(target).sum(-1),
+            gradient=(q * target.sum(-1, keepdim=True) - target) * factor,
+            operands=torch.maximum(q, target).amax(-1, keepdim=True) * factor.abs(),
+        )
+
+    def loss_bound(self) -> Tensor:
+        """4 eps of the loss."""
+        return 4 * EPS * self.loss
+
+    def kl_bound(self) -> Tensor:
+        """4 eps of the larger of loss and entropy: the KL is their difference, and may be next to nothing."""
+        return 4 * EPS * torch.maximum(self.loss, self.loss - self.kl)
+
+    def gradient_bound(self, dtype: torch.dtype) -> Tensor:
+        """A row's: 2 eps of `dtype` x max|reference|; 2 eps of float32 for the probabilities that are subtracted, which
+        shows in float32 alone; and half the step between subnormals, which shows in float16 alone."""
+        info = torch.finfo(dtype)
+        step = info.smallest_normal * info.eps
+        return 2 * info.eps * self.gradient.abs().amax(-1, keepdim=True) + 2 * EPS * self.operands + step / 2
+
+
+worst: dict[tuple[str, str], float] = defaultdict(float)
+
+
+def over(got: Tensor, expected: Tensor, bound: Tensor) -> float:
+    """The largest error, as a multiple of its bound; a bound of 0 asks for equality."""
+    error = (got.double() - expected).abs()
+    ratio = torch.where(error == 0, 0.0, error / bound)
+    return ratio.max().item() if ratio.numel() else 0.0
+
+
+def check(what: str, dtype: torch.dtype, got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Every element within its bound. Remembers the largest error over the bound."""
+    largest = over(got, expected, bound)
+    key = what, str(dtype).removeprefix("torch.")
+    worst[key] = max(worst[key], largest)
+    assert largest <= 1.0, f"{what}, {dtype}: error is {largest:.3g} of the bound"
+
+
+def check_all(op: str, student: Tensor, loss: Tensor, kl: Tensor, oracle: Oracle, reduction: str) -> None:
+    """The loss and the KL that came back for a reduction, and the gradient that is in `student.grad`."""
+    reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction]
+    check(f"{op} loss", student.dtype, loss.detach(), reduce(oracle.loss), reduce(oracle.loss_bound()))
+    check(f"{op} kl", student.dtype, kl, reduce(oracle.kl), reduce(oracle.kl_bound()))
+    check(f"{op} gradient", student.dtype, student.grad, oracle.gradient, oracle.gradient_bound(student.dtype))
+
+
+def print_worst() -> None:
+    path = "Triton, interpreted" if INTERPRETED else "CUDA and CPU" if torch.cuda.is_available() else "plain PyTorch"
+    print(f"\nlargest error over its bound ({path}):")
+    for (what, dtype), ratio in sorted(worst.items()):
+        print(f"  {what:<18} {dtype:<9} {ratio:.3f}")
+
+
+def skip_without(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
