@@ -156,7 +156,7 @@ def environment(index):
     return {
         "images": len(index),
         "mean_pixels": [round(float(index.widths.mean())), round(float(index.heights.mean()))],
-        "mean_bytes": round(float(index.bytes.mean())),
+        "mean_bytes": round(float(index.file_sizes.mean())),
         "cores": CORES,
         "processor": processor(),
         "versions": versions,

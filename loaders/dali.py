@@ -76,7 +76,7 @@ class DaliLoader(StreamLoader):
         read = np.asarray(sizes.as_tensor()).reshape(-1)
         self._pipe.release_outputs()
         indices = views.indices.copy()
-        for row in np.flatnonzero(read != self._index.bytes[indices]).tolist():
+        for row in np.flatnonzero(read != self._index.file_sizes[indices]).tolist():
             if row not in overlays:  # not the file that was indexed: Pillow has the say
                 overlays[row] = self._pool.submit(self._render, views, row)
         if overlays:
@@ -86,7 +86,7 @@ class DaliLoader(StreamLoader):
                 0, self._to_device(torch.tensor(rows)), self._to_device(torch.from_numpy(np.stack(pixels)))
             )
         pending.popleft()
-        return self._batch(images, torch.from_numpy(indices))
+        return self._batch(images, indices, views)
 
     def _take(self, outputs) -> torch.Tensor:
         images = torch.from_dlpack(outputs.as_tensor())
@@ -175,7 +175,7 @@ class DaliLoader(StreamLoader):
         if self._index.packed:
             return False
         try:
-            return os.stat(self._index.path_bytes(i)).st_size != self._index.bytes[i]
+            return os.stat(self._index.path_bytes(i)).st_size != self._index.file_sizes[i]
         except OSError:
             return True
 

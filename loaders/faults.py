@@ -19,7 +19,7 @@ class Faults:
         self._limit = max(1, len(index) // 1000)  # files; 0.1% of an epoch
         self._lock = threading.Lock()
         self._reasons: dict[int, str] = {}
-        self.views = 0  # replaced so far
+        self.views = 0  # replaced so far, counted as their batches are handed over
 
     def __contains__(self, i: int) -> bool:
         return i in self._reasons
@@ -37,11 +37,6 @@ class Faults:
                 f"{self._index.root}: {count} of {len(self._index)} images broke after they were indexed, e.g. "
                 f"{self._index.display_path(i)} ({reason}); more than 0.1% is not trained on: mend the data"
             )
-
-    def count_view(self) -> None:
-        """Note that one view was replaced."""
-        with self._lock:
-            self.views += 1
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from .cores import core_share
 from .index_store import Stored
 from .packed import PackedFiles
 from .probe import DECODED, PLAIN, printable
-from .probe_pool import probe_all
+from .probe_pool import CRASHED, probe_all
 from .walk import Listing, list_images
 
 
@@ -34,7 +34,7 @@ class ImageIndex:
     labels: np.ndarray  # int64 [N], -1 for an image without a class
     widths: np.ndarray  # int32 [N], pixels, as stored: EXIF orientation is not applied
     heights: np.ndarray  # int32 [N]
-    bytes: np.ndarray  # int64 [N], size of the file
+    file_sizes: np.ndarray  # int64 [N], bytes
     plain: np.ndarray  # bool [N], DALI decodes the file as Pillow does
     quarantined: list[tuple[str, str]]  # (relative path, reason)
     _names: bytes  # all relative paths, joined: a list of a million objects would take 100 MB
@@ -99,7 +99,7 @@ class ImageIndex:
 
     def encoded(self, i: int) -> np.ndarray:
         """Image `i` of a pack as stored, uint8 [L]: a view of the file's memory map."""
-        return self._packed.encoded(i, int(self.bytes[i]))
+        return self._packed.encoded(i, int(self.file_sizes[i]))
 
     def source(self, i: int) -> bytes | io.BytesIO:
         """What Pillow opens for image `i`: its path, or its bytes where it is packed."""
@@ -122,7 +122,7 @@ class ImageIndex:
     def digest(self) -> str:
         """SHA-256 (hex) of paths, file sizes, labels, widths and heights: the same wherever the tree lies."""
         sha = hashlib.sha256(b"mealfast image index 1\0")
-        for part in (self._ends, self.bytes, self.labels, self.widths.astype(np.int64), self.heights.astype(np.int64)):
+        for part in (self._ends, self.file_sizes, self.labels, self.widths, self.heights):
             sha.update(np.ascontiguousarray(part, "<i8").tobytes())
         sha.update(self._names)
         return sha.hexdigest()
@@ -144,16 +144,17 @@ def _probe_new(
     widths, heights = np.zeros(n, np.int32), np.zeros(n, np.int32)
     bits, reasons = np.zeros(n, np.uint8), [""] * n
     known = np.zeros(n, bool)
+    refused: dict[int, str] = {}  # what the stored index says of files that are looked into again
     if old is not None:
         rows, old_rows = _matches(listing, old)
-        if decode:
-            kept = np.array([bool(old.bits[j] & DECODED or old.reasons[j]) for j in old_rows.tolist()], bool)
-            rows, old_rows = rows[kept], old_rows[kept]
-        widths[rows], heights[rows], bits[rows] = old.widths[old_rows], old.heights[old_rows], old.bits[old_rows]
-        known[rows] = True
         for row, old_row in zip(rows.tolist(), old_rows.tolist(), strict=True):
             if old.reasons[old_row]:
-                reasons[row] = old.reasons[old_row]
+                refused[row] = reasons[row] = old.reasons[old_row]
+        widths[rows], heights[rows], bits[rows] = old.widths[old_rows], old.heights[old_rows], old.bits[old_rows]
+        # A file that was refused is tried again: its disk or its permissions may have been mended.
+        known[rows] = [row not in refused or refused[row] == CRASHED for row in rows.tolist()]
+        if decode:
+            known &= (bits & DECODED).astype(bool) | [bool(reason) for reason in reasons]
     unknown = np.flatnonzero(~known).tolist()
     top = os.path.join(os.fsencode(os.path.abspath(root)), b"")
     for row, found in zip(unknown, _probe(top, listing, unknown, decode, workers, progress), strict=True):
@@ -161,9 +162,11 @@ def _probe_new(
             reasons[row] = found
         else:
             widths[row], heights[row], bits[row] = found
+            reasons[row] = ""
     nowhere = np.zeros(n, np.int32)
     stored = Stored(listing.paths, reasons, listing.bytes, listing.mtimes, widths, heights, bits, nowhere, nowhere)
-    return stored, old is None or bool(unknown) or len(old.paths) != n
+    changed = old is None or len(old.paths) != n or any(refused.get(row) != reasons[row] for row in unknown)
+    return stored, changed
 
 
 def _matches(listing: Listing, old: Stored) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +216,7 @@ def _build(root: Path, stored: Stored, classes: Sequence[str] | None, files: Pac
         labels=np.array([label[folder] for folder in folders], np.int64),
         widths=stored.widths[usable],
         heights=stored.heights[usable],
-        bytes=stored.bytes[usable],
+        file_sizes=stored.bytes[usable],
         plain=(stored.bits[usable] & PLAIN).astype(bool),
         quarantined=quarantined,
         _names=b"".join(names),

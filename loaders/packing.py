@@ -104,7 +104,7 @@ def _encode(index: ImageIndex, i: int, shorter_side: int | None, quality: int) -
         data = source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(source)).read_bytes()
     except Exception as error:  # hostile files raise anything
         raise DataError(f"{index.root}/{index.display_path(i)}: {error}; mend or remove the file") from None
-    if len(data) != index.bytes[i]:
+    if len(data) != index.file_sizes[i]:
         raise DataError(f"{index.root}/{index.display_path(i)}: changed since it was indexed; start again")
     return _Encoded(data, width, height, bool(index.plain[i]), None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import stat
 import sys
 import warnings
 
@@ -52,6 +53,8 @@ def probe(path: bytes, decode: bool) -> tuple[int, int, int] | str:
 
 
 def _probe(path: bytes, decode: bool) -> tuple[int, int, int] | str:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return "not a regular file"  # opening a pipe would wait for ever
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size == 0:

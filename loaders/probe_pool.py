@@ -12,6 +12,7 @@ from . import probe as probe_module
 from .probe import probe
 
 CHUNK = 32  # paths handed over at a time: well under a pipe's buffer, so neither side can block the other
+CRASHED = "the image library crashed on it"
 IN_PROCESS = 256  # as many files are probed faster than processes start
 
 
@@ -87,7 +88,7 @@ class _Worker:
     def probe(self, paths: Sequence[bytes]) -> list:
         answers = self._ask(paths)
         while len(answers) < len(paths):  # the process died of the first file that it did not answer for
-            answers.append("the image library crashed on it")
+            answers.append(CRASHED)
             self.__exit__()
             self._start()
             answers += self._ask(paths[len(answers) :])

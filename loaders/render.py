@@ -31,7 +31,6 @@ class RowRenderer:
             return pixels, int(views.indices[row])
         for other in self._steps.substitutes(views, row):
             if (pixels := self._try(other, 0)) is not None:
-                self._faults.count_view()
                 return pixels, int(other.indices[0])
         raise DataError(f"{self._index.root}: no image is left that can be opened")
 

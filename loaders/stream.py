@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 
 from .batch import Batch
 from .faults import Faults
 from .index import ImageIndex
 from .render import RowRenderer
-from .steps import EvalSteps, TrainSteps
+from .steps import EvalSteps, TrainSteps, Views
 
 
 class StreamLoader(ABC):
@@ -76,7 +77,10 @@ class StreamLoader(ABC):
     def _abandon(self, pending: deque) -> None:
         """Forget what is in flight: the consumer left early, or something failed."""
 
-    def _batch(self, images: torch.Tensor, indices: torch.Tensor) -> Batch:
+    def _batch(self, images: torch.Tensor, shown: np.ndarray, views: Views) -> Batch:
+        """`shown`: the images in it, which differ from the planned `views` where one was replaced."""
+        self._faults.views += int((shown != views.indices).sum())
+        indices = torch.from_numpy(shown)
         return Batch(images, self._to_device(self._labels[indices]), self._to_device(indices))
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:

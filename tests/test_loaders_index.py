@@ -158,6 +158,33 @@ def test_unusable_files_are_quarantined_with_their_reason(tree):
     assert ImageIndex.scan(tree).quarantined == found.quarantined  # stored, too
 
 
+def test_a_refused_file_is_tried_again(tree, probed, monkeypatch):
+    (tree / "b/late.jpg").write_bytes(b"")
+    first = ImageIndex.scan(tree)
+    assert first.quarantined == [("b/late.jpg", "the file is empty")]
+    store = tree / index_store.NAME
+    written = store.stat().st_mtime_ns
+    probed.clear()
+    assert ImageIndex.scan(tree).quarantined == first.quarantined
+    assert probed == [str(tree / "b/late.jpg")]
+    assert store.stat().st_mtime_ns == written  # nothing new to store
+    # As after a chmod or on a disk that works again: the same size and time, another verdict.
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "probe_all", lambda paths, **_: [(3, 4, 0)] * len(paths))
+        assert ImageIndex.scan(tree).quarantined == []
+    probed.clear()
+    assert len(ImageIndex.scan(tree)) == 4
+    assert probed == []
+
+
+def test_pipes_and_folders_do_not_stop_a_scan(tree):
+    os.mkfifo(tree / "b/pipe.jpg")
+    (tree / "b/folder.jpg").mkdir()
+    found = ImageIndex.scan(tree)
+    assert found.quarantined == [("b/pipe.jpg", "not a regular file")]
+    assert len(found) == 3
+
+
 def hostile_png(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
