@@ -109,8 +109,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = weights.torch_load(path)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--resume {path}: cannot be read ({reason})") from error
+        raise UsageError(f"--resume {path}: cannot be read ({weights.why_unreadable(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"--resume {path}: is no mealfast checkpoint (one lies in a run directory's checkpoints/)")
     return content

