@@ -5,6 +5,7 @@ Shape legend: B images of this process, H and W pixels, C classes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,11 +121,13 @@ def apex_fused_sgd(device: torch.device) -> type[torch.optim.Optimizer]:
 def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return trainee
+    signature = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.15
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
     return DistributedDataParallel(
         trainee,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
         # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
-        broadcast_buffers=False,
+        **{sync_buffers: False},
         gradient_as_bucket_view=True,
         static_graph=recipe.accumulate == 1,
     )

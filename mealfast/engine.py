@@ -78,7 +78,7 @@ class Run:
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.step = self._resume()
         self.clock = Clock()
-        self.dead_warned = False
+        self.dead_lines = 0
 
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
@@ -169,12 +169,8 @@ class Run:
             means["soft_ce"] = means["kl"] = None
         if recipe.discriminator_mode == "off":
             means["discriminator_loss"] = None
-        elif is_dead(means["discriminator_loss"]) and not self.dead_warned:
-            self.dead_warned = True
-            self.progress.say(
-                f"warning: the discriminator's loss sits at ln 2 = {DEAD_LOSS:.4f}: it is dead or cannot tell student "
-                "from teachers; try another --discriminator-lr or --seed, or --discriminator off"
-            )
+        else:
+            self._watch_discriminator(means["discriminator_loss"])
         if recipe.hard_label_weight == 0:
             del means["hard_ce"]
         epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
@@ -184,6 +180,15 @@ class Run:
             self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, "lr": lr, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
+
+    def _watch_discriminator(self, loss: float) -> None:
+        """Warns where two logged means in a row sit at ln 2."""
+        self.dead_lines = self.dead_lines + 1 if is_dead(loss) else 0
+        if self.dead_lines == 2:
+            self.progress.say(
+                f"warning: the discriminator's loss stays at ln 2 = {DEAD_LOSS:.4f}: it is dead or cannot tell student "
+                "from teachers; try another --discriminator-lr or --seed, or --discriminator off"
+            )
 
     def _evaluates_at(self, step: int) -> bool:
         every = self.recipe.eval_every * self.steps_per_epoch
@@ -380,8 +385,7 @@ class Run:
             kept = self.clock.medians()[0] is None and self.directory.summary.exists()
             if kept:  # nothing was left to do: the figures of the run itself stay
                 summary = json.loads(self.directory.summary.read_text(encoding="utf-8"))
-            metadata = {"architecture": self.recipe.student.partition("@")[0]}
-            weights.save(self.parts.student.model, self.directory.student, metadata)
+            weights.save(self.parts.student.model, self.directory.student)
             checkpoint.write_json(self.directory.summary, summary)
         done = "finished" if self.step == self.total_steps else f"stopped after {self.step} of {self.total_steps} steps"
         again = "" if self.step == self.total_steps else "; the same command goes on from here"

@@ -51,5 +51,10 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
         if name not in stored or stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{what} with {flag} {stored.get(name)}, not {value}: use the same options or another --run-dir"
+                f"{what} with {flag} {_words(stored.get(name))}, not {_words(value)}: "
+                "use the same options or another --run-dir"
             )
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
