@@ -45,7 +45,7 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
     `arch` is 80, 90, 100: a compute capability times 10. The forward kernels write loss, KL and gradient.
     """
     logits = "*" + _TYPES[dtype]
-    block, warps = blocks(classes)
+    block, options = blocks(classes)
     kept = min(KEPT, classes)
     backward = op.endswith("backward")
     # Strings are types of run-time arguments, other values are constexpr.
@@ -77,13 +77,11 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
         kernel = sparse_soft_ce_triton.sparse_soft_ce_kernel
     else:
         kernel = soft_ce_triton.ensemble_soft_ce_kernel
-    result = triton.compile(
-        _source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-    )
+    result = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
     usage = _resource_usage(result.asm["cubin"])
     return Compiled(
         registers=usage["REG"],
-        threads=32 * warps,
+        threads=32 * options["num_warps"],
         shared=result.metadata.shared,
         stack=usage["STACK"],
         local=usage["LOCAL"],

@@ -152,7 +152,8 @@ def ensemble_soft_ce_kernel(
             BLOCK,
         )
     else:
-        for row in tl.range(program, B, tl.num_programs(0)):
+        row = program
+        while row < B:
             scale = tl.load(upstream + row * upstream_stride)
             if scale != 1.0:
                 do_row(
@@ -170,6 +171,7 @@ def ensemble_soft_ce_kernel(
                     C,
                     BLOCK,
                 )
+            row += tl.num_programs(0)
 
 
 def launch(
@@ -192,7 +194,7 @@ def launch(
     for teacher in teachers:
         assert_rows(teacher, student)
     assert_outputs(student, loss, kl, gradient, upstream)
-    block, warps = blocks(student.shape[1])
+    block, options = blocks(student.shape[1])
     with torch.cuda.device_of(student):
         ensemble_soft_ce_kernel[programs(student.shape[0], upstream)](
             student,
@@ -210,5 +212,5 @@ def launch(
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=student.shape[1],
             BLOCK=block,
-            num_warps=warps,
+            **options,
         )

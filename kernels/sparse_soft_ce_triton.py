@@ -174,7 +174,8 @@ def sparse_soft_ce_kernel(
             K_BLOCK,
         )
     else:
-        for row in tl.range(program, B, tl.num_programs(0)):
+        row = program
+        while row < B:
             scale = tl.load(upstream + row * upstream_stride)
             if scale != 1.0:
                 _row(
@@ -194,6 +195,7 @@ def sparse_soft_ce_kernel(
                     K,
                     K_BLOCK,
                 )
+            row += tl.num_programs(0)
 
 
 def launch(
@@ -218,7 +220,7 @@ def launch(
     assert ids.is_contiguous()
     assert probabilities.is_contiguous()
     assert_outputs(student, loss, kl, gradient, upstream)
-    block, warps = blocks(student.shape[1])
+    block, options = blocks(student.shape[1])
     with torch.cuda.device_of(student):
         sparse_soft_ce_kernel[programs(student.shape[0], upstream)](
             student,
@@ -238,5 +240,5 @@ def launch(
             BLOCK=block,
             K=ids.shape[1],
             K_BLOCK=triton.next_power_of_2(ids.shape[1]),
-            num_warps=warps,
+            **options,
         )

@@ -76,7 +76,7 @@ def launch(
     assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
     assert ids.is_contiguous()
     assert probabilities.is_contiguous()
-    block, warps = blocks(max(classes, 2))  # topk sorts two or more
+    block, options = blocks(max(classes, 2))  # topk sorts two or more
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
@@ -89,5 +89,5 @@ def launch(
             BLOCK=block,
             K=ids.shape[1],
             K_BLOCK=max(2, triton.next_power_of_2(ids.shape[1])),
-            num_warps=warps,
+            **options,
         )
