@@ -18,6 +18,7 @@ COMMANDS = {
         "top-1 and top-5 of models, alone and as an ensemble",
     ),
     "index": ("mealfast.index_command", "index_command", "what a folder of images holds, and what cannot be read"),
+    "pack": ("mealfast.pack_command", "pack_command", "an image tree as a few large tar shards"),
     "figures": ("mealfast.figures", "figures_command", "curves of one or more runs"),
     "demo": ("mealfast.demo", "demo_command", "the whole job on real handwritten digits, in about three minutes"),
 }

@@ -10,16 +10,13 @@ from typing import Any
 
 import torch
 
-import mealfast
-from mealfast import checkpoint, models, run_state, splits, weights
+from mealfast import checkpoint, run_report, run_state, splits, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.clock import Clock
 from mealfast.discriminator import DEAD_LOSS, is_dead
 from mealfast.errors import UsageError
-from mealfast.evaluation import evaluate
-from mealfast.kernels import ensemble_target
-from mealfast.loaders import EvalViews, ViewPlan, eval_loader, train_loader
+from mealfast.loaders import Batch, ViewPlan, train_loader
 from mealfast.objective import TERMS
 from mealfast.progress import Progress
 from mealfast.recipe import Recipe
@@ -28,8 +25,7 @@ from mealfast.runtime import Runtime
 from mealfast.stop_signal import StopSignal
 from mealfast.telemetry import Telemetry
 from mealfast.train_step import TrainStep
-
-_PICTURES = 4  # validation images shown in TensorBoard with their target's top-5
+from mealfast.validation import Validation
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -76,20 +72,25 @@ class Run:
         self.last_step = min(self.total_steps, recipe.max_steps or self.total_steps)
         self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
-        self.step = self._resume()
+        self.validate = Validation(recipe, runtime, self.parts, self.data)
+        self.first_step = self.step = self._resume()
+        self.batch: Batch | None = None
         self.clock = Clock()
         self.dead_lines = 0
 
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
         if runtime.is_main:
-            self.directory.claim(self._config())
+            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
         self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
         self.began, self.stop_signal = time.perf_counter(), StopSignal()
         loader = None
         try:
-            self._introduce()
+            for line in run_report.introduction(recipe, runtime, self.data, self.steps_per_epoch):
+                self.progress.say(line)
+            if self.step:
+                self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
             if self.step < self.last_step:
@@ -119,9 +120,9 @@ class Run:
         stopping = False
         while self.step < self.last_step and not stopping:
             began = time.perf_counter()
-            batch = next(batches)
+            self.batch = next(batches)
             waited = time.perf_counter() - began
-            self.train_step(batch, self.step)
+            self.train_step(self.batch, self.step)
             self.step += 1
             stopping = self._log_if_due(began, waited)
             evaluating = self._evaluates_at(self.step) or self.step == self.last_step
@@ -195,89 +196,29 @@ class Run:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        recipe, runtime, parts = self.recipe, self.runtime, self.parts
-        run_state.share_buffers(parts.student, runtime)
-        teachers = parts.teachers
-        batch_size = recipe.batch_size // runtime.world_size
-        views = EvalViews.from_crop_pct(recipe.size, recipe.eval_crop_pct, recipe.eval_interpolation)
-
-        def predict(images: torch.Tensor) -> list[torch.Tensor]:
-            with runtime.autocast():
-                student_logits = parts.student(images)
-            return [student_logits, *(teachers(images) if teachers else [])]
-
-        parts.student.eval()
-        members = range(1, 1 + len(recipe.teachers))
-        loader = eval_loader(
-            recipe.loader,
-            self.data.val,
-            views,
-            batch_size=batch_size,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-            threads=recipe.loader_threads,
-        )
-        try:
-            result = evaluate(
-                predict,
-                1 + len(members),
-                [loader],
-                runtime,
-                ensemble=members,
-                student=0 if members else None,
-                pad_to=batch_size if parts.compiled else None,
-                on_batch=self._show_pictures(),
-            )
-        finally:
-            loader.close()
-            parts.student.train()
-        line = {
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            **result.models[0].to_json(),
-            "kl": result.kl,
-        }
-        teacher_scores = [
-            {"model": spec, **score.to_json()} for spec, score in zip(recipe.teachers, result.models[1:], strict=True)
-        ]
-        ensemble = result.ensemble.to_json() if result.ensemble else None
-        self.scores["teachers"], self.scores["ensemble"] = teacher_scores, ensemble
+        result = self.validate(self._show_pictures if self.telemetry and self.recipe.teachers else None)
+        score = result.models[0].to_json()
+        line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **score, "kl": result.kl}
         self.scores["latest"] = line
         if self.step == 0:
             self.scores["start"] = line
+        self.scores["teachers"] = [
+            {"model": spec, **score.to_json()}
+            for spec, score in zip(self.recipe.teachers, result.models[1:], strict=True)
+        ]
+        self.scores["ensemble"] = result.ensemble.to_json() if result.ensemble else None
         if self.telemetry:
             self.telemetry.write({"kind": "eval", **line})
-            self.telemetry.weights(parts.student.model, self.step)
+            self.telemetry.weights(self.parts.student.model, self.step)
         kl = "" if result.kl is None else f"  kl {result.kl:.4f}"
         self.progress.say(
             f"evaluated after {self.step} steps:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
         )
 
-    def _show_pictures(self) -> Any:
-        """A callback that sends the first batch's pictures to TensorBoard; None where there is nothing to show."""
-        if not self.telemetry or not self.parts.teachers:
-            return None
-        shown = False
-
-        def show(images: torch.Tensor, logits: list[torch.Tensor]) -> None:
-            nonlocal shown
-            if not shown:
-                shown = True
-                names = splits.class_names(self.data, self.parts.student.num_classes)
-                targets = ensemble_target([one[:_PICTURES] for one in logits[1:]])
-                self.telemetry.pictures(images[:_PICTURES], targets, names, self.step)
-
-        return show
+    def _show_pictures(self, images: torch.Tensor, targets: torch.Tensor, names: list[str]) -> None:
+        self.telemetry.pictures(images, targets, names, self.step)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with beside the recipe: the same images, the same teachers."""
-        return {
-            "images": {"train": self.data.train.digest, "val": self.data.val.digest},
-            "teachers": dict(zip(self.recipe.teachers, self.parts.teacher_digests, strict=True)),
-        }
 
     def _save(self) -> None:
         scheduled = self._evaluates_at(self.step) and self.scores["latest"]
@@ -288,7 +229,11 @@ class Run:
         state = run_state.capture(self.runtime, self.parts, self.train_step)
         if not self.runtime.is_main:
             return
-        state |= {"recipe": self.recipe.to_json(), "identity": self._identity(), "scores": self.scores}
+        state |= {
+            "recipe": self.recipe.to_json(),
+            "identity": run_report.identity(self.recipe, self.parts, self.data),
+            "scores": self.scores,
+        }
         path = checkpoint.save(self.directory.checkpoints, self.step, state, self.recipe.keep)
         if is_best:
             checkpoint.mark_best(path)
@@ -309,7 +254,7 @@ class Run:
         refuse_other_recipe(self.recipe, state.get("recipe", {}), f"checkpoint {path}: of a run")
         stored = state.get("identity", {})
         for what, option in (("images", "--data"), ("teachers", "--teachers")):
-            if stored.get(what) != self._identity()[what]:
+            if stored.get(what) != run_report.identity(self.recipe, self.parts, self.data)[what]:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
         self.scores = state["scores"]
@@ -321,42 +266,6 @@ class Run:
         if line.get("kind") == "eval":
             return step <= self.step and (self._evaluates_at(step) or (step == 0 and self.recipe.eval_start))
         return step < self.step and ((step + 1) % self.recipe.log_every == 0 or step + 1 == self.total_steps)
-
-    # -- the run directory -------------------------------------------------------------------------------------------
-
-    def _config(self) -> dict[str, Any]:
-        index = self.data
-        return {
-            "mealfast": mealfast.__version__,
-            "recipe": self.recipe.to_json(),
-            "processes": self.runtime.world_size,
-            "device": str(self.runtime.device.type),
-            "amp": str(self.runtime.amp_dtype).removeprefix("torch.") if self.runtime.amp_dtype else "off",
-            "compiled": self.parts.compiled,
-            "versions": runtimes.describe(self.runtime.device),
-            "images": {"train": len(index.train), "val": len(index.val)},
-            "image_digests": self._identity()["images"],
-            "teacher_digests": self._identity()["teachers"],
-        }
-
-    def _introduce(self) -> None:
-        recipe, runtime, say = self.recipe, self.runtime, self.progress.say
-        precision = str(runtime.amp_dtype).removeprefix("torch.") if runtime.amp_dtype else "float32"
-        for spec in (recipe.student, *recipe.teachers):
-            if models.is_random(spec):
-                say(f"note: {spec} has random weights (no tag and no checkpoint)")
-        for name, index in (("train", self.data.train), ("val", self.data.val)):
-            if index.quarantined:
-                say(f"note: {len(index.quarantined)} files of {name}/ cannot be read: mealfast index {index.root}")
-        teachers = " + ".join(recipe.teachers) or "none (labels alone)"
-        say(f"student {recipe.student}  teachers {teachers}  discriminator {recipe.discriminator_mode}")
-        say(
-            f"{len(self.data.train):,} images, {recipe.epochs} epochs of {self.steps_per_epoch} steps of "
-            f"{recipe.batch_size} at {recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {precision}, "
-            f"{recipe.loader} loader  |  {self.directory.path}"
-        )
-        if self.step:
-            say(f"resuming after {self.step} of {self.total_steps} steps")
 
     def _finish(self, loader: Any) -> dict[str, Any]:
         """Writes student.safetensors and summary.json; says where they are, or how to go on."""
@@ -382,12 +291,30 @@ class Run:
             "seconds": time.perf_counter() - self.began,
         }
         if self.runtime.is_main:
-            kept = self.clock.medians()[0] is None and self.directory.summary.exists()
-            if kept:  # nothing was left to do: the figures of the run itself stay
-                summary = json.loads(self.directory.summary.read_text(encoding="utf-8"))
             weights.save(self.parts.student.model, self.directory.student)
+        summary["replayed_images_per_second"] = self._replay()
+        if self.runtime.is_main:
+            if rate is None and self.directory.summary.exists():  # nothing was left to do: the run's own figures stay
+                summary = json.loads(self.directory.summary.read_text(encoding="utf-8"))
             checkpoint.write_json(self.directory.summary, summary)
         done = "finished" if self.step == self.total_steps else f"stopped after {self.step} of {self.total_steps} steps"
         again = "" if self.step == self.total_steps else "; the same command goes on from here"
         self.progress.say(f"{done}{again}: {self.directory.student}")
         return summary
+
+    def _replay(self) -> float | None:
+        """Images/s of a few more steps on the last batch: what this run would reach if data cost nothing.
+
+        It changes the weights in memory, so it comes after everything is saved; none where the run was asked to stop.
+        """
+        if self.batch is None or self.step < self.last_step:
+            return None
+        steps = min(max((self.step - self.first_step) // 50, 2), 20)
+        clock = Clock()
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            self.train_step(self.batch, self.step)
+            self.train_step.meter.tolist()  # waits for the device
+            clock.add(time.perf_counter() - began, 0.0)
+            clock.close_window(self.recipe.batch_size)
+        return clock.medians()[0]

@@ -65,6 +65,9 @@ def evaluate_command(argv: list[str]) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if options.crop_pct is not None and not 0.1 <= options.crop_pct <= 2:
         raise UsageError(f"--crop-pct {options.crop_pct}: must be between 0.1 and 2")
+    for spec in options.model:
+        if models.is_random(spec):
+            print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
     runtime = runtimes.start(options.device, options.amp)
     try:
         result = run(options, runtime)

@@ -34,6 +34,11 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def precision(self) -> str:
+        """What the models compute in: "float32", "bfloat16" or "float16"."""
+        return str(self.amp_dtype or torch.float32).removeprefix("torch.")
+
     def autocast(self) -> AbstractContextManager[None]:
         if self.amp_dtype is None:
             return nullcontext()

@@ -1,0 +1,60 @@
+"""What a run says of itself: config.json and the first lines of its log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mealfast
+from mealfast import models
+from mealfast import runtime as runtimes
+from mealfast.assembly import Parts
+from mealfast.recipe import Recipe
+from mealfast.runtime import Runtime
+from mealfast.splits import Splits
+
+
+def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
+    """What a checkpoint must agree with beside the recipe: the same images, the same teachers."""
+    return {
+        "images": {"train": data.train.digest, "val": data.val.digest},
+        "teachers": dict(zip(recipe.teachers, parts.teacher_digests, strict=True)),
+    }
+
+
+def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict[str, Any]:
+    """The content of config.json: the full recipe, versions, hardware, digests of images and teachers."""
+    same = identity(recipe, parts, data)
+    return {
+        "mealfast": mealfast.__version__,
+        "recipe": recipe.to_json(),
+        "processes": runtime.world_size,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "compiled": parts.compiled,
+        "versions": runtimes.describe(runtime.device),
+        "images": {"train": len(data.train), "val": len(data.val)},
+        "image_digests": same["images"],
+        "teacher_digests": same["teachers"],
+    }
+
+
+def introduction(recipe: Recipe, runtime: Runtime, data: Splits, steps_per_epoch: int) -> list[str]:
+    """The log's first lines: notes first, then what is trained on what."""
+    lines = [
+        f"note: {spec} has random weights (no tag and no checkpoint)"
+        for spec in (recipe.student, *recipe.teachers)
+        if models.is_random(spec)
+    ]
+    lines += [
+        f"note: {len(index.quarantined)} files below {index.root} cannot be read: see mealfast index {index.root}"
+        for index in (data.train, data.val)
+        if index.quarantined
+    ]
+    teachers = " + ".join(recipe.teachers) or "none (labels alone)"
+    return [
+        *lines,
+        f"student {recipe.student}  teachers {teachers}  discriminator {recipe.discriminator_mode}",
+        f"{len(data.train):,} images, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} at "
+        f"{recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {runtime.precision}, "
+        f"{recipe.loader} loader  |  {recipe.run_dir}",
+    ]

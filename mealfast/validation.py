@@ -1,0 +1,81 @@
+"""Evaluation within a run: the student beside its live teachers on val/, with pictures for TensorBoard.
+
+Shape legend: B images of this process, H and W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mealfast import run_state, splits
+from mealfast.assembly import Parts
+from mealfast.evaluation import Evaluation, evaluate
+from mealfast.kernels import ensemble_target
+from mealfast.loaders import EvalViews, eval_loader
+from mealfast.recipe import Recipe
+from mealfast.runtime import Runtime
+
+_PICTURES = 4  # shown with the top-5 of their target
+
+ShowPictures = Callable[[torch.Tensor, torch.Tensor, list[str]], None]
+
+
+class Validation:
+    """Scores the student, each teacher and their ensemble, and the student's KL to it, on every validation image."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, data: splits.Splits) -> None:
+        self.recipe, self.runtime, self.parts, self.data = recipe, runtime, parts, data
+
+    def __call__(self, show: ShowPictures | None = None) -> Evaluation:
+        """Models in the order student, teachers. `show` gets the first images, their targets and the class names."""
+        recipe, runtime, student = self.recipe, self.runtime, self.parts.student
+        run_state.share_buffers(student, runtime)
+        batch_size = recipe.batch_size // runtime.world_size
+        teachers = range(1, 1 + len(recipe.teachers))
+        loader = eval_loader(
+            recipe.loader,
+            self.data.val,
+            EvalViews.from_crop_pct(recipe.size, recipe.eval_crop_pct, recipe.eval_interpolation),
+            batch_size=batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+        )
+        student.eval()
+        try:
+            return evaluate(
+                self._predict,
+                1 + len(teachers),
+                [loader],
+                runtime,
+                ensemble=teachers,
+                student=0 if teachers else None,
+                pad_to=batch_size if self.parts.compiled else None,
+                on_batch=_FirstBatch(show, self._names()) if show and teachers else None,
+            )
+        finally:
+            student.train()
+            loader.close()
+
+    def _predict(self, images: torch.Tensor) -> list[torch.Tensor]:
+        with self.runtime.autocast():
+            student_logits = self.parts.student(images)
+        return [student_logits, *(self.parts.teachers(images) if self.parts.teachers else [])]
+
+    def _names(self) -> list[str]:
+        return splits.class_names(self.data, self.parts.student.num_classes)
+
+
+class _FirstBatch:
+    """Hands the first images of an evaluation on, with their targets, and ignores the rest."""
+
+    def __init__(self, show: ShowPictures, names: list[str]) -> None:
+        self.show, self.names = show, names
+
+    def __call__(self, images: torch.Tensor, logits: list[torch.Tensor]) -> None:
+        if self.show is not None:
+            self.show(images[:_PICTURES], ensemble_target([one[:_PICTURES] for one in logits[1:]]), self.names)
+            self.show = None
