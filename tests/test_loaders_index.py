@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mealfast.loaders import DataError, ImageIndex, index, index_store, probe_pool
+from mealfast.loaders import DataError, ImageIndex, index, index_store, probe_pool, walk
 from PIL import Image
 
 DATA = Path(os.environ.get("MEALFAST_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
@@ -88,6 +88,15 @@ def test_names_of_every_kind(tmp_path):
     assert sum("\\xff\\xfe" in found.display_path(i) for i in range(len(found))) == 1
     assert found.digest == ImageIndex.scan(root).digest
     assert all(found.display_path(i).isprintable() for i in range(len(found)))
+
+
+def test_a_slow_disk_is_listed_alike(tmp_path, monkeypatch):
+    for k in range(120):
+        write(tmp_path / f"data/{k // 9}/{k % 4}/{k}.jpg")
+    names_of = walk.list_images(tmp_path / "data").paths
+    assert len(names_of) == 120
+    monkeypatch.setattr(walk, "SLOW", 0)
+    assert walk.list_images(tmp_path / "data").paths == names_of
 
 
 def test_links_are_followed_and_loops_end(tree, tmp_path):
@@ -396,6 +405,7 @@ def test_scanning_processes_end_with_the_program(tmp_path):
         pytest.fail(f"processes {children} are still there")
 
 
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
 @pytest.mark.skipif(not (DATA / "odd-images").is_dir(), reason=f"no {DATA / 'odd-images'}")
 def test_odd_images_get_pillows_verdict(tmp_path):
     found = ImageIndex.scan(DATA / "odd-images", cache_dir=tmp_path)

@@ -249,6 +249,7 @@ def format_of(name):
     return {"jpg": "JPEG", "tif": "TIFF"}.get(name.rsplit(".")[-1], name.rsplit(".")[-1].upper())
 
 
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
 @pytest.mark.parametrize("make", [training, evaluation])
 @pytest.mark.parametrize("source", ["made", "odd-images"])
 def test_odd_files_match_pillow(odd, tmp_path, make, source):
