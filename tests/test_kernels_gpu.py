@@ -52,7 +52,7 @@ def test_no_host_sync(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cuda_graph(shape):
-    student, teachers, ids, probabilities, scale = arguments = inputs(*shape)
+    student, teachers, ids, probabilities, _ = arguments = inputs(*shape)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
