@@ -161,10 +161,11 @@ class Run:
         self.clock.add(time.perf_counter() - began, waited)
         rate, waiting = self.clock.close_window(self.recipe.batch_size)
         self.progress.advance()
-        self._write_train_line({name: value / steps for name, value in zip(TERMS, sums, strict=True)}, rate, waiting)
+        means = {name: value / steps if steps else None for name, value in zip(TERMS, sums, strict=True)}
+        self._write_train_line(means, rate, waiting)
         return asked > 0
 
-    def _write_train_line(self, means: dict[str, float], rate: float, waiting: float) -> None:
+    def _write_train_line(self, means: dict[str, float | None], rate: float, waiting: float) -> None:
         recipe = self.recipe
         if not recipe.teachers:
             means["soft_ce"] = means["kl"] = None
@@ -182,9 +183,9 @@ class Run:
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
-    def _watch_discriminator(self, loss: float) -> None:
-        """Warns where two logged means in a row sit at ln 2."""
-        self.dead_lines = self.dead_lines + 1 if is_dead(loss) else 0
+    def _watch_discriminator(self, loss: float | None) -> None:
+        """Warns where two logged means in a row sit at ln 2 (None: every step was skipped)."""
+        self.dead_lines = self.dead_lines + 1 if loss is not None and is_dead(loss) else 0
         if self.dead_lines == 2:
             self.progress.say(
                 f"warning: the discriminator's loss stays at ln 2 = {DEAD_LOSS:.4f}: it is dead or cannot tell student "

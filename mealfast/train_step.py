@@ -26,7 +26,8 @@ class TrainStep:
         self.recipe, self.runtime, self.parts = recipe, runtime, parts
         self.steps_per_epoch = steps_per_epoch
         self.parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
-        # Sums of TERMS over the steps since the last log, then how many steps; and how many were skipped in all.
+        # Sums of TERMS over the steps since the last log, then how many steps, skipped ones apart; and how many were
+        # skipped in all.
         self.meter = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=runtime.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)
 
@@ -35,6 +36,7 @@ class TrainStep:
         self._set_lr(step)
         tensors, kept = self._inputs(batch, step)
         parts.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(self.meter[:-1])
         for number in range(accumulate):
             images, *labels = (rows.chunk(accumulate)[number] for rows in tensors)
             reduce_gradients = number == accumulate - 1 or self.runtime.world_size == 1
@@ -42,9 +44,10 @@ class TrainStep:
                 teacher_logits = parts.teachers(images) if parts.teachers else []
                 loss, terms = parts.wrapped(images, teacher_logits, kept, *labels)
                 parts.scaler.scale(loss / accumulate).backward()
-            self.meter[:-1] += terms / accumulate
-        self._update()
-        self.meter[-1] += 1
+            sums += terms / accumulate
+        bad = self._update()
+        self.skipped += bad
+        self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
 
     def _inputs(self, batch: Batch, step: int) -> tuple[list[torch.Tensor], float]:
         """Images and labels, under CutMix mixed images and both labels; and the area kept from each image itself."""
@@ -59,11 +62,13 @@ class TrainStep:
         for group in self.parts.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    def _update(self) -> None:
-        """Updates the weights, unless a gradient is not finite: decided on the device, so that nothing waits."""
+    def _update(self) -> torch.Tensor:
+        """Updates the weights, unless a gradient is not finite: decided on the device, so that nothing waits.
+
+        Returns whether it was skipped, a bool scalar there.
+        """
         optimizer, scaler = self.parts.optimizer, self.parts.scaler
-        bad = ~torch.isfinite(get_total_norm([p.grad for p in self.parameters]))
-        self.skipped += bad
+        bad = ~torch.isfinite(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if scaler.is_enabled():  # skips by itself, and lowers its scale
             scaler.step(optimizer)
             scaler.update()
@@ -73,3 +78,4 @@ class TrainStep:
         else:
             optimizer._dummy_overflow_buf.copy_(bad)  # the flag on which Apex's kernel does nothing
             optimizer.step()
+        return bad

@@ -46,15 +46,16 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """`weights(architecture, seed)`: path of a state dict of random weights for three classes."""
+    """`weights(architecture, seed)`: path of a state dict of random weights for three classes and views of SIZE."""
     folder = tmp_path_factory.mktemp("weights")
 
     def make(architecture: str, seed: int = 0, classes: int = len(CLASSES)) -> Path:
+        fixed_size = {"img_size": SIZE} if "vit" in architecture else {}
         path = folder / f"{architecture}-{seed}-{classes}.pth"
         if not path.exists():
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed)
-                torch.save(timm.create_model(architecture, num_classes=classes).state_dict(), path)
+                torch.save(timm.create_model(architecture, num_classes=classes, **fixed_size).state_dict(), path)
         return path
 
     return make
