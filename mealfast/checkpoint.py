@@ -51,7 +51,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of `step` optimiser steps; then only the `keep` newest stay (best.pt is left alone)."""
+    """Writes the checkpoint of `step` optimiser steps; then only the `keep` newest stay (best.pt is left alone).
+
+    Those of later steps go: a run that went back, past a damaged file or by --resume PATH, has left them behind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         temporary = Path(scratch) / "checkpoint.pt"
@@ -62,7 +65,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         path = folder / f"step-{step:08d}-{_digest(temporary)}.pt"
         temporary.replace(path)
     _sync_folder(folder)
-    for old in candidates(folder)[keep:]:
+    later = [other for other in candidates(folder) if step_of(other) > step]
+    for old in [*later, *candidates(folder)[len(later) + keep :]]:
         old.unlink(missing_ok=True)
     return path
 
@@ -97,8 +101,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in candidates(folder):
         match = _NAME.fullmatch(path.name)
         if match and _digest(path) == match[2]:
-            return path, read(path)
-        print(f"mealfast: warning: {path} is damaged (checksum); using the checkpoint before it", file=sys.stderr)
+            return path, _content(path)
+        print(f"mealfast: warning: {path} is damaged (checksum): passing over it", file=sys.stderr)
     return None
 
 
@@ -106,6 +110,12 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain values only. Raises UsageError if it is no mealfast checkpoint."""
     if not path.is_file():
         raise UsageError(f"--resume {path}: no such file")
+    if (match := _NAME.fullmatch(path.name)) and _digest(path) != match[2]:
+        raise UsageError(f"--resume {path}: is damaged (checksum); name another, or use --resume auto")
+    return _content(path)
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = weights.torch_load(path)
     except Exception as error:
