@@ -1,4 +1,12 @@
-"""Image trees, planned views and the loaders that decode them."""
+"""Image trees, planned views and the loaders that decode them.
+
+    index = ImageIndex.scan("imagenet/train")
+    plan = ViewPlan(index.widths, index.heights, seed=0, size=224)
+    for batch in train_loader("dali", index, plan, batch_size=512, stop_step=10_000, device="cuda"):
+        batch.images  # uint8 [512, 224, 224, 3]
+
+`index` knows the files, `views` decides what is cut out of them, `steps` deals that to ranks, `pillow` and `dali` decode.
+"""
 
 from .batch import Batch, DataError, Loader
 from .create import eval_loader, train_loader

@@ -94,5 +94,5 @@ def _loader(backend, index, steps, device, threads, prefetch, decoding) -> Strea
                 f"--loader dali: NVIDIA DALI cannot be imported ({error}); pip install nvidia-dali-cuda120, "
                 "or use --loader pillow"
             ) from None
-        return DaliLoader(index, steps, torch.device(device), threads, prefetch)
+        return DaliLoader(index, steps, device, threads, prefetch, decoding)
     raise DataError(f"--loader {backend}: must be {' or '.join(BACKENDS)}")

@@ -69,7 +69,7 @@ class RowRenderer:
             if resized == [size, size]:
                 return image
             return image.crop((offset[0], offset[1], offset[0] + size, offset[1] + size))
-        # One axis at a time: where in the resized image the window begins and ends, and that in source pixels.
+        # Per axis, where the window begins and ends in the resized image; then the same in pixels of the source.
         begin = [max(at, 0) for at in offset]
         end = [min(at + size, side) for at, side in zip(offset, resized, strict=True)]
         scale = [side / new for side, new in zip(image.size, resized, strict=True)]

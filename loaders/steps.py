@@ -22,7 +22,7 @@ class Views:
     resized: np.ndarray  # int64 [B, 2] width, height after resizing
     offsets: np.ndarray  # int64 [B, 2] x, y where the window begins in the resized crop; negative: black border
     flips: np.ndarray  # bool [B]
-    number: int = 0  # of the view in the plan
+    epoch: int = 0  # in which they are shown
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -74,9 +74,9 @@ class TrainSteps:
 
     def substitutes(self, views: Views, row: int):
         """Other views, one at a time, to show instead of `views[row]`: the next images of the index, same epoch."""
-        _, boxes, flips = self._epochs.get(views.number)
+        _, boxes, flips = self._epochs.get(views.epoch)
         for distance in range(1, len(boxes)):
-            yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.number)
+            yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.epoch)
 
     def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
         resized = np.full((len(indices), 2), self.size, np.int64)

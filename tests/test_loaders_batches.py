@@ -268,6 +268,33 @@ def test_bad_options_get_one_line(index, options, words):
     assert "\n" not in str(error.value)
 
 
+def test_decoder_settings_reach_dali(index):
+    from mealfast.loaders.dali_pipeline import GpuDecoding
+
+    decoding = GpuDecoding(hardware_share=0.9)
+    loader = train("dali", index, decoding=decoding)
+    assert loader._decoding is decoding
+    loader.close()
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_loader_recovers_wherever_a_batch_fails(tree, index, where):
+    # A file that only decoding shows to be broken, in the first or the last batch of an evaluation; then it is mended.
+    path = tree / index.relative_path(0 if where == "first" else N - 1)
+    good = path.read_bytes()
+    loader = eval_loader("dali", index, EvalViews(SIZE, 18), batch_size=4, prefetch=3)
+    expected = [batch.images for batch in loader]
+    path.write_bytes(bytes(len(good)))
+    with pytest.raises(DataError):
+        list(loader)
+    path.write_bytes(good)
+    found = [batch.images for batch in loader]
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.int() - theirs.int()).abs().float().mean() < 0.3
+    loader.close()
+
+
 def test_a_plan_for_other_images_is_refused(index):
     plan = ViewPlan(index.widths[1:], index.heights[1:], seed=0, size=SIZE)
     with pytest.raises(DataError, match=r"made for 49 images.*holds 50"):
