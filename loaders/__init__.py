@@ -9,21 +9,31 @@
 """
 
 from .batch import Batch, DataError, Loader
-from .create import eval_loader, train_loader
+from .create import eval_loader, label_loader, train_loader
 from .index import ImageIndex
+from .label_cache import LabelCache
+from .label_header import CacheHeader, forecast_bytes, plan_fields
+from .label_writer import LabelWriter, claim_label_cache
 from .packing import pack
 from .replay import ReplayLoader
 from .views import EvalViews, ViewPlan
 
 __all__ = [
     "Batch",
+    "CacheHeader",
     "DataError",
     "EvalViews",
     "ImageIndex",
+    "LabelCache",
+    "LabelWriter",
     "Loader",
     "ReplayLoader",
     "ViewPlan",
+    "claim_label_cache",
     "eval_loader",
+    "forecast_bytes",
+    "label_loader",
     "pack",
+    "plan_fields",
     "train_loader",
 ]

@@ -23,6 +23,8 @@ class Batch:
     images: torch.Tensor  # uint8 [B, H, W, 3], RGB
     labels: torch.Tensor  # int64 [B], -1 where the image has no label
     indices: torch.Tensor  # int64 [B], rows of the ImageIndex
+    # From a label cache, where the loader was given one: ids int32 [B, k] and probabilities float32 [B, k].
+    targets: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Loader(Protocol):

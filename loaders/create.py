@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from .batch import DataError
 from .cores import core_share
 from .index import ImageIndex
+from .label_cache import LabelCache
 from .pillow import PillowLoader
-from .steps import EvalSteps, TrainSteps
+from .steps import EvalSteps, LabelSteps, TrainSteps
 from .stream import StreamLoader
 from .views import EvalViews, ViewPlan
 
@@ -35,13 +37,14 @@ def train_loader(
     threads: int | None = None,
     prefetch: int | None = None,
     decoding: GpuDecoding | None = None,
+    label_cache: LabelCache | None = None,
 ) -> StreamLoader:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
     epoch s // (N // batch_size); the remainder of each epoch's order is dropped, and no step waits at its start.
     `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready; `decoding` tunes
-    DALI on a GPU. Raises DataError for options that do not fit.
+    DALI on a GPU. With `label_cache` every batch brings its targets. Raises DataError for options that do not fit.
     """
     steps = TrainSteps(
         index,
@@ -51,8 +54,29 @@ def train_loader(
         stop_step=stop_step,
         rank=rank,
         world_size=world_size,
+        label_cache=label_cache,
     )
     return _loader(backend, index, steps, device, threads, prefetch, decoding)
+
+
+def label_loader(
+    backend: str,
+    index: ImageIndex,
+    plan: ViewPlan,
+    batches: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    prefetch: int | None = None,
+) -> StreamLoader:
+    """A Loader of the batches (view, first row) of a plan, images in the index's order, as a label cache is made.
+
+    Each holds `batch_size` images, the last of a view fewer. A broken file raises DataError: its target would be that
+    of another image.
+    """
+    steps = LabelSteps(index, plan, batches, batch_size=batch_size)
+    return _loader(backend, index, steps, device, threads, prefetch, None)
 
 
 def eval_loader(

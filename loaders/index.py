@@ -121,8 +121,16 @@ class ImageIndex:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of paths, file sizes, labels, widths and heights: the same wherever the tree lies."""
-        sha = hashlib.sha256(b"mealfast image index 1\0")
-        for part in (self._ends, self.file_sizes, self.labels, self.widths, self.heights):
+        return self._digest(b"mealfast image index 1\0", self.labels)
+
+    @cached_property
+    def images_digest(self) -> str:
+        """SHA-256 (hex) of paths, file sizes, widths and heights: what views are made of, however it is labelled."""
+        return self._digest(b"mealfast images 1\0")
+
+    def _digest(self, domain: bytes, *more: np.ndarray) -> str:
+        sha = hashlib.sha256(domain)
+        for part in (self._ends, self.file_sizes, *more, self.widths, self.heights):
             sha.update(np.ascontiguousarray(part, "<i8").tobytes())
         sha.update(self._names)
         return sha.hexdigest()

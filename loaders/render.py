@@ -9,7 +9,7 @@ from .batch import DataError
 from .faults import Faults
 from .index import ImageIndex
 from .probe import open_image, reason
-from .steps import EvalSteps, TrainSteps, Views
+from .steps import Steps, Views
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -21,7 +21,7 @@ LARGEST_RESIZED = 1 << 26
 class RowRenderer:
     """Renders rows of batches; a training image that fails is replaced by a deterministic other view."""
 
-    def __init__(self, index: ImageIndex, steps: TrainSteps | EvalSteps, faults: Faults):
+    def __init__(self, index: ImageIndex, steps: Steps, faults: Faults):
         self._index, self._steps, self._faults = index, steps, faults
         self._resampling = RESAMPLING[steps.interpolation]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .batch import DataError
 from .index import ImageIndex
+from .label_cache import LabelCache
 from .views import EvalViews, ViewPlan
 
 
@@ -44,6 +46,7 @@ class TrainSteps:
         stop_step: int,
         rank: int,
         world_size: int,
+        label_cache: LabelCache | None = None,
     ):
         """`batch_size` is the global batch. Raises DataError where sizes and ranks do not fit."""
         check_rank(rank, world_size)
@@ -59,6 +62,7 @@ class TrainSteps:
         self.rows_per_batch = batch_size // world_size
         self._batch_size, self._start, self._stop, self._rank = batch_size, start_step, stop_step, rank
         self._steps_per_epoch = len(index) // batch_size
+        self._plan, self._label_cache = plan, label_cache
         self._epochs = _PlannedEpochs(plan, last=(stop_step - 1) // self._steps_per_epoch)
 
     def __len__(self) -> int:
@@ -78,12 +82,57 @@ class TrainSteps:
         for distance in range(1, len(boxes)):
             yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.epoch)
 
+    def targets(self, views: Views, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The label cache's targets of the images `shown` int64 [B] in the epoch of `views`, those of stand-ins too."""
+        if self._label_cache is None:
+            return None
+        return self._label_cache.targets(self._plan.view_of_epoch(views.number), shown)
+
     def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
-        resized = np.full((len(indices), 2), self.size, np.int64)
-        return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], epoch)
+        return _planned(self.size, indices, boxes, flips, epoch)
 
     def close(self) -> None:
         self._epochs.close()
+
+
+class LabelSteps:
+    """Whole views of a plan in the index's order, for a label cache: batches that the caller chooses."""
+
+    windowed = False
+    replaceable = False  # a target must be of the image it stands for
+
+    def __init__(self, index: ImageIndex, plan: ViewPlan, batches: Sequence[tuple[int, int]], *, batch_size: int):
+        """`batches` lists (view, first row) of each; a batch holds `batch_size` images, the last of a view fewer."""
+        if len(plan) != len(index):
+            raise DataError(f"view plan: made for {len(plan)} images, but the index holds {len(index)}")
+        if batch_size < 1:
+            raise DataError(f"--batch-size {batch_size}: must be at least 1")
+        self.size, self.interpolation = plan.size, plan.interpolation
+        self.rows_per_batch = min(batch_size, len(index))
+        self._plan, self._batches = plan, batches
+        self._latest: tuple[int, np.ndarray, np.ndarray] | None = None  # view, boxes, flips
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def views(self, k: int) -> Views:
+        """The views of batch k."""
+        view, first = self._batches[k]
+        if self._latest is None or self._latest[0] != view:
+            self._latest = (view, *self._plan.views(view))
+        _, boxes, flips = self._latest
+        indices = np.arange(first, min(first + self.rows_per_batch, len(self._plan)), dtype=np.int64)
+        return _planned(self.size, indices, boxes, flips, view)
+
+    def substitutes(self, views: Views, row: int):
+        """None."""
+        return ()
+
+    def targets(self, views: Views, shown: np.ndarray) -> None:
+        """None: they are what is being made."""
+
+    def close(self) -> None:
+        pass
 
 
 class EvalSteps:
@@ -117,8 +166,14 @@ class EvalSteps:
         """None."""
         return ()
 
+    def targets(self, views: Views, shown: np.ndarray) -> None:
+        """None."""
+
     def close(self) -> None:
         pass
+
+
+Steps = TrainSteps | LabelSteps | EvalSteps
 
 
 class _PlannedEpochs:
@@ -147,6 +202,12 @@ class _PlannedEpochs:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _planned(size: int, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, number: int) -> Views:
+    """Rows `indices` of a planned view: `boxes` int32 [N, 4], `flips` bool [N]."""
+    resized = np.full((len(indices), 2), size, np.int64)
+    return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], number)
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -14,15 +14,13 @@ from .batch import Batch
 from .faults import Faults
 from .index import ImageIndex
 from .render import RowRenderer
-from .steps import EvalSteps, TrainSteps, Views
+from .steps import Steps, Views
 
 
 class StreamLoader(ABC):
     """A Loader that keeps `prefetch` batches in flight ahead of its consumer. Each `iter` starts at the first step."""
 
-    def __init__(
-        self, index: ImageIndex, steps: TrainSteps | EvalSteps, device: torch.device, threads: int, prefetch: int
-    ):
+    def __init__(self, index: ImageIndex, steps: Steps, device: torch.device, threads: int, prefetch: int):
         self._index, self._steps, self._device = index, steps, device
         self._threads, self._prefetch = threads, prefetch
         self._labels = torch.from_numpy(index.labels)
@@ -81,7 +79,13 @@ class StreamLoader(ABC):
         """`shown`: the images in it, which differ from the planned `views` where one was replaced."""
         self._faults.views += int((shown != views.indices).sum())
         indices = torch.from_numpy(shown)
-        return Batch(images, self._to_device(self._labels[indices]), self._to_device(indices))
+        targets = self._steps.targets(views, shown)
+        return Batch(
+            images,
+            self._to_device(self._labels[indices]),
+            self._to_device(indices),
+            None if targets is None else tuple(self._to_device(torch.from_numpy(part)) for part in targets),
+        )
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda":

@@ -66,7 +66,7 @@ def evaluate(
     for batches in zip(*loaders, strict=True):
         labels = batches[0].labels
         count = len(labels)
-        logits = predict(*(_padded(batch.images, pad_to) for batch in batches))
+        logits = predict(*(padded(batch.images, pad_to) for batch in batches))
         logits = [one[:count].float() for one in logits]
         if on_batch is not None:
             on_batch(batches[0].images, logits)
@@ -94,7 +94,8 @@ def _hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack((guesses[:, 0].sum(), guesses.any(dim=1).sum()))
 
 
-def _padded(images: torch.Tensor, rows: int | None) -> torch.Tensor:
+def padded(images: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """Images [B, H, W, 3] and below them black ones, `rows` in all; None adds none."""
     if rows is None or len(images) == rows:
         return images
     return F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows - len(images)))

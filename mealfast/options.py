@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mealfast.recipe import RECIPES, Recipe, make_recipe
@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"mealfast: {message} (see {self.prog} --help)\n")
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """`--recipe`, and one option for every field of `Recipe`, in its groups."""
+def add_recipe_options(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """`--recipe`, and one option for every field of `Recipe` (or for those named in `only`), in its groups."""
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -33,6 +33,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
+        if only is not None and field.name not in only:
+            continue
         title = field.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
         _add_option(group, field, hints[field.name])
@@ -40,12 +42,16 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the parsed options describe. Raises UsageError."""
-    given = {
+    return make_recipe(arguments.recipe, **given_fields(arguments))
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Recipe` that the parsed options name."""
+    return {
         field.name: tuple(value) if isinstance(value, list) else value
         for field in dataclasses.fields(Recipe)
         if (value := getattr(arguments, field.name, None)) is not None
     }
-    return make_recipe(arguments.recipe, **given)
 
 
 def _add_option(group: Any, field: dataclasses.Field, hint: Any) -> None:

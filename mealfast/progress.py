@@ -9,14 +9,16 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows optimiser steps. `enabled` is False on all processes but the main one."""
+    """Shows optimiser steps, or what else `unit` names. `enabled` is False on all processes but the main one."""
 
-    def __init__(self, total_steps: int, first_step: int, batch_size: int, *, enabled: bool) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int, batch_size: int, *, enabled: bool, unit: str = "step"
+    ) -> None:
         self.total_steps, self.step, self.batch_size = total_steps, first_step, batch_size
-        self.enabled = enabled
+        self.enabled, self.unit = enabled, unit
         self.bar = None
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -34,9 +36,8 @@ class Progress:
             self.bar.set_postfix_str(f"{images_per_second:,.0f} images/s  {text}")
             return
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / images_per_second))
-        self.say(
-            f"{title}  step {self.step}/{self.total_steps}  {text}  {images_per_second:,.0f} images/s  {left} left"
-        )
+        where = f"{self.unit} {self.step}/{self.total_steps}"
+        self.say(f"{title}  {where}  {text}  {images_per_second:,.0f} images/s  {left} left")
 
     def say(self, text: str) -> None:
         """A line that does not break the bar."""

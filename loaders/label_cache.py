@@ -1,0 +1,115 @@
+"""Reading a label cache: the teachers' targets of planned views, memory-mapped and checked. NumPy only.
+
+Shape legend: N images of the index, V views, k entries kept of each target, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .batch import DataError
+from .label_header import CacheHeader, read_header, view_name
+
+ROWS = 1 << 16  # that are looked at together, so that checking a view takes little memory
+
+
+class LabelCache:
+    """The complete views of a cache. A view's checksum is checked when it is first used."""
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens `folder`. Raises DataError where it is no cache, or where a file of it is missing or cut short."""
+        self.folder = Path(folder)
+        self.header: CacheHeader = read_header(self.folder)
+        self._records = {record.view: record for record in self.header.complete}
+        self._open: dict[int, np.ndarray] = {}
+        for view in self._records:
+            self._check_size(view)
+
+    def require_complete(self) -> None:
+        """Raises DataError where views are missing."""
+        have, views = len(self._records), self.header.views
+        if have < views:
+            raise DataError(
+                f"label cache {self.folder}: {have} of its {views} views are complete; run the same `mealfast labels "
+                f"build` again{f', or with --views {have} to make do with these' if have else ''}"
+            )
+
+    def view(self, view: int) -> np.ndarray:
+        """[N] of `header.row`: every image's target in a view, read-only, mapped. Raises DataError if it is damaged."""
+        if view not in self._open:
+            self.check(view)
+            self._open[view] = self._map(view)
+        return self._open[view]
+
+    def targets(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 [B, k] and probabilities float32 [B, k], descending, of the images `rows` (integers [B])."""
+        found = self.view(view)[rows]
+        return found["ids"].astype(np.int32), found["probabilities"].astype(np.float32)
+
+    def check(self, view: int) -> None:
+        """Reads a view's file once: size, SHA-256, ids are classes, probabilities are from 0 to 1. Raises DataError."""
+        if view not in self._records:
+            raise DataError(f"label cache {self.folder}: view {view} is not complete")
+        self._check_size(view)
+        sha, mapped = hashlib.sha256(), self._map(view)
+        damaged = ""
+        for rows in _blocks(mapped):
+            sha.update(rows)
+            damaged = damaged or bad_rows(rows, self.header.classes)
+        if sha.hexdigest() != self._records[view].sha256:
+            damaged = "its SHA-256 is not the header's"
+        if damaged:
+            raise DataError(f"{self._path(view)}: is damaged ({damaged}); copy the file again, or remove it and build")
+
+    def _check_size(self, view: int) -> None:
+        try:
+            size = self._path(view).stat().st_size
+        except OSError as error:
+            raise DataError(f"{self._path(view)}: cannot be read ({error.strerror}); copy or build it again") from None
+        if size != self.header.bytes_per_view:
+            raise DataError(
+                f"{self._path(view)}: holds {size} bytes, not {self.header.bytes_per_view}; copy it again, or build"
+            )
+
+    def _map(self, view: int) -> np.ndarray:
+        try:
+            return np.memmap(self._path(view), self.header.row, "r", shape=(self.header.images,))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._path(view)}: cannot be read ({error})") from None
+
+    def _path(self, view: int) -> Path:
+        return self.folder / view_name(view)
+
+
+def bad_rows(rows: np.ndarray, classes: int) -> str:
+    """What is wrong with targets, [B] of `CacheHeader.row`; empty where nothing is."""
+    if int(rows["ids"].max(initial=0)) >= classes or int(rows["ids"].min(initial=0)) < 0:
+        return f"an id is not one of the {classes} classes"
+    # Of non-negative float16 numbers the order is that of their bits; a sign bit or a NaN makes them larger than one's.
+    if (rows["probabilities"].copy().view("<u2") > np.float16(1).view(np.uint16)).any():
+        return "a probability is not from 0 to 1"
+    return ""
+
+
+def means(rows: np.ndarray, classes: int) -> tuple[float, float]:
+    """Mean probability kept by the top k, and mean entropy (nats) with the rest spread evenly, of targets [N]."""
+    kept_sum = entropy_sum = 0.0
+    others = max(classes - rows.dtype["ids"].shape[0], 1)
+    for block in _blocks(rows):
+        p = block["probabilities"].astype(np.float64)
+        kept = p.sum(axis=1)
+        rest = np.clip(1 - kept, 0, None)
+        kept_sum += float(kept.sum())
+        entropy_sum -= float((p * np.log(np.where(p > 0, p, 1))).sum())
+        entropy_sum -= float((rest * np.log(np.where(rest > 0, rest / others, 1))).sum())
+    return kept_sum / len(rows), entropy_sum / len(rows)
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), ROWS):
+        yield np.array(rows[first : first + ROWS])

@@ -1,0 +1,229 @@
+"""The header of a label cache: what its targets were made of, and which of its views are complete. NumPy only.
+
+The format is written down in LABEL_CACHE.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .batch import DataError
+from .views import ViewPlan
+
+HEADER = "header.json"
+FORMAT = "mealfast label cache"
+VERSION = 1
+LARGEST_HEADER = 1 << 26  # bytes; 100,000 views take 20 MB
+LARGEST_K = 4096
+_LIMITS = {"images": 1 << 40, "views": 1_000_000, "top_k": LARGEST_K, "classes": (1 << 31) - 1}
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompleteView:
+    """What is known of a view once all its targets are on disk."""
+
+    view: int
+    sha256: str  # of the view's file, hex
+    mean_kept: float  # mean over images of the probability that the top k hold
+    mean_entropy: float  # nats, mean over images, of the target with the rest spread evenly over the other classes
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheHeader:
+    """Everything that makes the targets of a cache what they are."""
+
+    images: int
+    images_digest: str  # ImageIndex.images_digest
+    plan: dict[str, Any]  # ViewPlan.fingerprint() without its cycle, which is `views`
+    views: int
+    classes: int
+    top_k: int
+    teachers: tuple[dict[str, str], ...]  # {"spec", "digest"} each
+    made_with: dict[str, Any]  # batch_size, rows_per_part, precision, loader, compiled; versions and device
+    complete: tuple[CompleteView, ...] = ()  # ascending
+    temperature: float = 1.0
+
+    @property
+    def row(self) -> np.dtype:
+        """One image's target as it lies in a view's file: `ids` [k] and `probabilities` [k], little-endian."""
+        ids = "<u2" if self.classes <= 1 << 16 else "<i4"
+        return np.dtype([("ids", ids, (self.top_k,)), ("probabilities", "<f2", (self.top_k,))])
+
+    @property
+    def bytes_per_view(self) -> int:
+        """Size of one view's file."""
+        return self.images * self.row.itemsize
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every view is there."""
+        return len(self.complete) == self.views
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides the targets: the same wherever images, teachers and cache lie."""
+        content = self.to_json()
+        del content["made_with"]
+        content["teachers"] = [teacher["digest"] for teacher in self.teachers]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of header.json."""
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "complete"
+        }
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "byte_order": "little",
+            **fields,
+            "teachers": [dict(teacher) for teacher in self.teachers],
+            "id_dtype": "uint16" if self.row["ids"].base.itemsize == 2 else "int32",
+            "probability_dtype": "float16",
+            "complete": [dataclasses.asdict(view) for view in self.complete],
+        }
+
+
+def view_name(view: int) -> str:
+    """File name of a view."""
+    return f"view-{view:04}.bin"
+
+
+def forecast_bytes(images: int, views: int, top_k: int, classes: int) -> int:
+    """Bytes that the views of a cache take, header not counted."""
+    return images * views * top_k * (4 if classes <= 1 << 16 else 6)
+
+
+def plan_fields(plan: ViewPlan) -> dict[str, Any]:
+    """A plan as the header has it."""
+    return {name: value for name, value in plan.fingerprint().items() if name != "cycle"}
+
+
+def read_header(folder: Path) -> CacheHeader:
+    """The header of the cache in `folder`. Raises DataError: it is no cache, damaged or of another version."""
+    path = folder / HEADER
+    if folder.is_file():
+        raise DataError(f"label cache {folder}: is a file; a cache is a folder that `mealfast labels build` wrote")
+    if not path.is_file():
+        raise DataError(f"label cache {folder}: has no {HEADER}; name a folder that `mealfast labels build` wrote")
+    try:
+        if path.stat().st_size > LARGEST_HEADER:
+            raise DataError(f"{path}: is larger than {LARGEST_HEADER} bytes; it is no label cache's header")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: is damaged (no JSON); copy or build the cache again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: is no header of a label cache (format must be '{FORMAT}')")
+    if content.get("version") != VERSION:
+        raise DataError(f"{path}: version {content.get('version')!r}; this mealfast reads version {VERSION}")
+    if content.get("byte_order") != "little":
+        raise DataError(f"{path}: byte order {content.get('byte_order')!r}; it must be 'little': build the cache again")
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise DataError(f"{path}: is damaged ({reason}); copy or build the cache again") from None
+
+
+def write_header(folder: Path, header: CacheHeader) -> None:
+    """Puts the header in place in one piece, synced to disk. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{HEADER}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(header.to_json(), file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, folder / HEADER)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str, Any, Any]]:
+    """(what, stored value, wanted value) wherever targets of the two could differ; views may be fewer or more."""
+    for name in ("images", "images_digest"):
+        if (a := getattr(stored, name)) != (b := getattr(wanted, name)):
+            yield name, a, b
+    for name in wanted.plan:
+        if stored.plan.get(name) != wanted.plan[name]:
+            yield name, stored.plan.get(name), wanted.plan[name]
+    for name in ("classes", "top_k", "temperature"):
+        if (a := getattr(stored, name)) != (b := getattr(wanted, name)):
+            yield name, a, b
+    ours, theirs = ([teacher["digest"] for teacher in header.teachers] for header in (stored, wanted))
+    if ours != theirs:
+        yield "teachers", *([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
+    for name in ("batch_size", "rows_per_part", "precision", "loader", "compiled"):
+        if (a := stored.made_with.get(name)) != (b := wanted.made_with.get(name)):
+            yield name, a, b
+
+
+def _parsed(content: dict[str, Any]) -> CacheHeader:
+    for name, largest in _LIMITS.items():
+        if type(content[name]) is not int or not 1 <= content[name] <= largest:
+            raise ValueError(f"{name} must be from 1 to {largest}")
+    if content["top_k"] > content["classes"]:
+        raise ValueError(f"top_k {content['top_k']} of {content['classes']} classes")
+    if type(content["temperature"]) not in (int, float) or not 0 < content["temperature"] < math.inf:
+        raise ValueError("temperature must be positive")
+    plan, made_with = content["plan"], content["made_with"]
+    if not isinstance(plan, dict) or not isinstance(made_with, dict):
+        raise ValueError("plan and made_with must be objects")
+    if type(plan["seed"]) is not int or not 0 <= plan["seed"] < 2**64:
+        raise ValueError("plan's seed must be from 0 to 2**64 - 1")
+    teachers = tuple({"spec": _text(one["spec"]), "digest": _text(one["digest"])} for one in content["teachers"])
+    if not teachers:
+        raise ValueError("it names no teacher")
+    header = CacheHeader(
+        images=content["images"],
+        images_digest=_text(content["images_digest"]),
+        plan=plan,
+        views=content["views"],
+        classes=content["classes"],
+        top_k=content["top_k"],
+        teachers=teachers,
+        made_with=made_with,
+        complete=tuple(_complete_view(one) for one in content["complete"]),
+        temperature=content["temperature"],
+    )
+    numbers = [view.view for view in header.complete]
+    if numbers != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < header.views):
+        raise ValueError("numbers of the complete views")
+    own = header.to_json()
+    for name in ("id_dtype", "probability_dtype"):
+        if content[name] != own[name]:
+            raise ValueError(f"{name} must be {own[name]}")
+    return header
+
+
+def _complete_view(content: dict[str, Any]) -> CompleteView:
+    view = CompleteView(**content)
+    if type(view.view) is not int or not _SHA256.fullmatch(_text(view.sha256)):
+        raise ValueError("a complete view needs its number and SHA-256")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in (view.mean_kept, view.mean_entropy)):
+        raise ValueError("means of a complete view")
+    return view
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text expected")
+    return value
