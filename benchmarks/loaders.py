@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import platform
+import importlib.metadata
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import nvidia.dali
 import torch
+from _record import record, write
 from mealfast.loaders import DataError, ImageIndex, ViewPlan, train_loader
 from mealfast.loaders.cores import core_count
 from PIL import Image
@@ -114,21 +115,21 @@ def measure(index, setting, args):
         stream.close()
     for name, values in rates.items():
         quartiles = np.percentile(values, [25, 50, 75])
-        yield {
-            "name": name,
-            "images_per_second": round(quartiles[1], 1),
-            "spread": {"p25": round(quartiles[0], 1), "p75": round(quartiles[2], 1)},
-            "min": round(min(values), 1),
-            "max": round(max(values), 1),
-            "rounds": len(values),
-            "size": setting.size,
-            "batch_size": setting.batch_size,
-            "threads": setting.threads,
-            "prefetch": setting.prefetch,
-            "decoding": setting.decoding,
-            "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
-            **environment(index),
-        }
+        yield record(
+            name,
+            images_per_second=round(quartiles[1], 1),
+            spread={"p25": round(quartiles[0], 1), "p75": round(quartiles[2], 1)},
+            min=round(min(values), 1),
+            max=round(max(values), 1),
+            rounds=len(values),
+            size=setting.size,
+            batch_size=setting.batch_size,
+            threads=setting.threads,
+            prefetch=setting.prefetch,
+            decoding=setting.decoding,
+            device=args.device,
+            **data_and_versions(index),
+        )
 
 
 def queued(name, setting):
@@ -146,29 +147,15 @@ def turn(stream, setting, seconds):
     return images / elapsed
 
 
-def environment(index):
-    import nvidia.dali
-    import PIL
-    import torchvision
-
-    versions = {"dali": nvidia.dali.__version__, "pillow": PIL.__version__, "torch": torch.__version__}
-    versions |= {"torchvision": torchvision.__version__, "python": platform.python_version()}
+def data_and_versions(index):
+    versions = {name: importlib.metadata.version(name) for name in ("pillow", "torchvision")}
     return {
         "images": len(index),
         "mean_pixels": [round(float(index.widths.mean())), round(float(index.heights.mean()))],
         "mean_bytes": round(float(index.file_sizes.mean())),
-        "cores": CORES,
-        "processor": processor(),
-        "versions": versions,
+        "dali": nvidia.dali.__version__,
+        **versions,
     }
-
-
-def processor():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def report(row, out):
@@ -180,8 +167,7 @@ def report(row, out):
         flush=True,
     )
     if out is not None:
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        write(out, [row])
 
 
 # --- the loaders: endless generators of uint8 image batches -----------------------------------------------------------
@@ -295,7 +281,7 @@ SHARES = [0.30, 0.14, 0.10, 0.06, 0.03, 0.12, 0.10, 0.09, 0.06]
 def make_images(root, count):
     """`count` JPEGs in 10 class folders: textures with the spectrum of photographs, about 110 KB each."""
     rng = np.random.default_rng(0)
-    textures = [texture(rng, 1024) for _ in range(12)]
+    textures = [texture(rng, 1024) for _ in range(min(12, 1 + count // 50))]
     jobs = []
     for i in range(count):
         width, height = SIZES[rng.choice(len(SIZES), p=SHARES)]

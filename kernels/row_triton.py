@@ -1,9 +1,10 @@
 """What the kernels share: one row of logits at a time, by one program, in float32.
 
 Shape legend: B batch, K teachers, C classes. A row of C <= ROW_LIMIT is held in registers, BLOCK >= C lanes at once. A
-longer row is swept in chunks of BLOCK = CHUNK, twice: first for each tensor's maximum and sum, then for the result. The
-second sweep finds the row in the L2 cache (two programs of a multiprocessor hold 2 (K + 1) rows between them, which is
-35 MB for a whole H100 at C = 21,843, K = 2, bfloat16), so that each logit crosses the memory bus once either way.
+longer row is swept in chunks of BLOCK = CHUNK, twice: first for each tensor's maximum and sum, then for the result. No
+register file holds such rows. The second sweep is meant to find them in the L2 cache, so that each logit crosses the
+memory bus once either way: registers allow two or three programs a multiprocessor, hence at C = 21,843, K = 2, bfloat16
+about 35 to 50 MB of rows on an H100, whose L2 cache has 50.
 
 Exponentials are exp(x / T) = exp2(x * log2e_over_t), with log2e_over_t = log2(e) / T: one multiply and one instruction.
 Strides and C are constexpr: that is how Triton sees that a row of 1000 bfloat16 begins at a multiple of 16 bytes, and

@@ -77,8 +77,10 @@ def ensemble_soft_cross_entropy(
         sample's loss +inf; a NaN makes its sample's loss and gradient NaN, and no other sample's; the mean of an empty
         batch is NaN (as in torch.nn.functional.cross_entropy), its sum 0.
 
-    On a GPU one launch reads every logit once and writes the loss, the KL and the gradient, rows of unit stride as they
-    stand (others are copied first). Let this function take the mean: backward is free when the upstream gradient is 1.
+    On a GPU one launch reads every logit once and writes the samples' losses, KLs and gradients; the mean or the sum of
+    the samples is one more, small launch (in a fixed order, so that equal inputs give equal bits). Rows of unit stride
+    are read where they are, others are copied first. Let this function take the mean: backward is free where the
+    upstream gradient is 1, and elsewhere takes a second pass over the logits.
 
     Raises:
         ValueError: shapes or devices that differ (the line names both), or an option out of its range.

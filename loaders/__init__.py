@@ -5,7 +5,8 @@
     for batch in train_loader("dali", index, plan, batch_size=512, stop_step=10_000, device="cuda"):
         batch.images  # uint8 [512, 224, 224, 3]
 
-`index` knows the files, `views` decides what is cut out of them, `steps` deals that to ranks, `pillow` and `dali` decode.
+`index` knows the files, `views` decides what is cut out of them, `steps` deals that to ranks, and `pillow` or `dali`
+decodes it.
 """
 
 from .batch import Batch, DataError, Loader

@@ -84,7 +84,7 @@ class Run:
             self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
         self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
-        self.began, self.stop_signal = time.perf_counter(), StopSignal()
+        self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
         loader = None
         try:
             for line in run_report.introduction(recipe, runtime, self.data, self.steps_per_epoch):
@@ -124,7 +124,8 @@ class Run:
             waited = time.perf_counter() - began
             self.train_step(self.batch, self.step)
             self.step += 1
-            stopping = self._log_if_due(began, waited)
+            self._log_if_due(began, waited)
+            stopping = self.stop_signal.agreed()
             evaluating = self._evaluates_at(self.step) or self.step == self.last_step
             if evaluating:
                 self._evaluate()
@@ -146,24 +147,19 @@ class Run:
             interpolation=recipe.interpolation,
         )
 
-    def _log_if_due(self, began: float, waited: float) -> bool:
-        """Logs at every `log_every` steps and at the end; True where the run is to stop because it was asked to."""
+    def _log_if_due(self, began: float, waited: float) -> None:
+        """Logs every `log_every` steps and at the end, the only times that the host waits for the device."""
         scheduled = self.step % self.recipe.log_every == 0
-        if not (scheduled or self.step == self.last_step):
-            self.clock.add(time.perf_counter() - began, waited)
-            self.progress.advance()
-            return self.runtime.world_size == 1 and bool(self.stop_signal)
-        # One reduction carries the means and whether any process was asked to stop: they stop at the same step.
-        asked = self.train_step.meter.new_tensor([float(bool(self.stop_signal))])
-        *sums, steps, asked = self.runtime.sum(torch.cat((self.train_step.meter, asked))).tolist()  # the host sync
-        if scheduled:
-            self.train_step.meter.zero_()
+        due = scheduled or self.step == self.last_step
+        if due:
+            *sums, steps = self.runtime.sum(self.train_step.meter.clone()).tolist()
         self.clock.add(time.perf_counter() - began, waited)
-        rate, waiting = self.clock.close_window(self.recipe.batch_size)
         self.progress.advance()
-        means = {name: value / steps if steps else None for name, value in zip(TERMS, sums, strict=True)}
-        self._write_train_line(means, rate, waiting)
-        return asked > 0
+        if due:
+            means = {name: value / steps if steps else None for name, value in zip(TERMS, sums, strict=True)}
+            self._write_train_line(means, *self.clock.close_window(self.recipe.batch_size))
+        if scheduled:  # what is logged out of turn, at the end, a resumed run logs again in its turn
+            self.train_step.meter.zero_()
 
     def _write_train_line(self, means: dict[str, float | None], rate: float, waiting: float) -> None:
         recipe = self.recipe

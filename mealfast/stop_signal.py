@@ -6,14 +6,22 @@ import signal
 import threading
 from types import FrameType
 
+import torch
+import torch.distributed as dist
+
+from mealfast.runtime import Runtime
+
 
 class StopSignal:
-    """True once the process was asked to stop. Only a main thread may install handlers; elsewhere it stays False."""
+    """Catches the signals until `restore`, and lets all processes agree on the step to stop after."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._asked = False
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        # Gloo, so that the agreement never waits for a GPU.
+        self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
         self._previous = {}
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
 
@@ -22,9 +30,25 @@ class StopSignal:
             raise KeyboardInterrupt
         self._asked = True
 
-    def __bool__(self) -> bool:
-        return self._asked
+    def agreed(self) -> bool:
+        """Whether to stop after this step: called once a step, and the same on every process.
+
+        With several processes the answer is what they knew a step ago, so that nobody waits for the slowest one.
+        """
+        if self._group is None:
+            return self._asked
+        flag = torch.tensor([int(self._asked)])
+        earlier, self._pending = self._pending, (flag, dist.all_reduce(flag, group=self._group, async_op=True))
+        return self._answer(earlier)
+
+    def _answer(self, asked: tuple[torch.Tensor, dist.Work] | None) -> bool:
+        if asked is None:
+            return False
+        flag, work = asked
+        work.wait()
+        return flag.item() > 0
 
     def restore(self) -> None:
+        """Puts the earlier handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 from mealfast import models
@@ -40,9 +41,9 @@ class FrozenEnsemble:
         self.module = module.to(runtime.device, memory_format=torch.channels_last)
         if runtime.amp_dtype is not None:
             # The rounding that autocast would do to these weights, once instead of in every step: it caches casts only
-            # of weights that need a gradient.
+            # of weights that need a gradient. Exact types: subclasses may compute on their weights in float32.
             for layer in self.module.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                if type(layer) in (nn.Conv2d, Conv2dSame, nn.Linear):
                     layer.to(runtime.amp_dtype)
         if compile:
             self.module.compile()  # one graph for all K, so that their small kernels fuse and launch together

@@ -344,7 +344,7 @@ def test_a_loss_scale_saves_small_gradients_of_float16(device):
     oracle = Oracle.of(student, softmax_mean(teachers), upstream=scale / batch)
     check("scaled gradient", student.dtype, student.grad, oracle.gradient, oracle.gradient_bound(student.dtype))
     too_late = (oracle.gradient / scale).half().double() * scale
-    assert over(too_late, oracle.gradient, oracle.gradient_bound(student.dtype)) > 10
+    assert over(too_late, oracle.gradient, oracle.gradient_bound(student.dtype)) > 1
 
 
 # Compilation.
@@ -354,7 +354,7 @@ def test_compiles_as_one_graph(device):
     backend = "aot_eager" if INTERPRETED else "inductor"
     layer = torch.nn.Linear(6, 11, device=device)
     images, teachers = logits(4, 6, device=device), [logits(4, 11, device=device, seed=k) for k in range(2)]
-    criterion = EnsembleSoftCrossEntropy(temperature=2.0, return_kl=True)
+    criterion = EnsembleSoftCrossEntropy(weights=[3, 1], temperature=2.0, return_kl=True)
 
     def step(images):
         loss, kl = criterion(layer(images), teachers)

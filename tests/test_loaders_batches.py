@@ -205,6 +205,16 @@ def test_a_file_that_breaks_during_a_run_is_replaced(tree, index, backend, how, 
     assert all(torch.equal(a.images, b.images) for a, b in zip(again, batches, strict=True))
 
 
+def test_a_file_that_became_another_kind_is_rendered_by_pillow(tree, index):
+    # Still an image of the indexed size, so nothing is replaced; but no longer one that DALI decodes as Pillow does.
+    i = position(index, "class3/13.jpg")
+    with Image.open(index.path(i)) as image:
+        image.convert("CMYK").save(index.path(i), "JPEG", quality=50)
+    views = EvalViews(SIZE, 18)
+    found, expected = (run(eval_loader(backend, index, views, batch_size=N))[0].images[i] for backend in BACKENDS)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_too_many_broken_files_end_the_run(tree, index, backend):
     for name in ("class3/13.jpg", "class0/05.jpg", "class1/06.jpg", "class4/19.jpg"):

@@ -248,6 +248,19 @@ def test_the_stored_index_is_reused_and_changes_are_noticed(tree, probed):
     assert len({first.digest, second.digest, third.digest}) == 3
 
 
+def test_a_file_replaced_by_one_of_the_same_length_is_noticed_by_its_time(tree):
+    path = tree / "b/same.ppm"
+    write(path, (10, 20), format="PPM")
+    first, old = ImageIndex.scan(tree), path.stat()
+    write(path, (20, 10), format="PPM")
+    assert path.stat().st_size == old.st_size
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1_000_000))
+    second = ImageIndex.scan(tree)
+    row = names(second).index("b/same.ppm")
+    assert (first.widths[row], first.heights[row]) == (10, 20)
+    assert (second.widths[row], second.heights[row]) == (20, 10)
+
+
 def test_the_digest_does_not_depend_on_the_place_but_on_everything_else(tree, tmp_path):
     first = ImageIndex.scan(tree)
     shutil.copytree(tree, tmp_path / "moved" / "away", ignore=shutil.ignore_patterns(".mealfast*"))

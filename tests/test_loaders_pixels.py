@@ -111,7 +111,13 @@ def difference(make, index, size, interpolation, device="cpu"):
 @pytest.mark.parametrize("make", [training, evaluation])
 @pytest.mark.parametrize("kind", ["made", "foolbox", "photos"])
 def test_dali_matches_pillow(kind, make, size, interpolation, photos, tmp_path):
-    index = ImageIndex.scan(folder(kind, photos, tmp_path), cache_dir=tmp_path)
+    root = folder(kind, photos, tmp_path)
+    if kind == "photos" and size == 380:  # a third of them, for time
+        sources, root = sorted(root.glob("*/*"))[::3], tmp_path / "third"
+        root.mkdir()
+        for source in sources:
+            (root / source.name).symlink_to(source.resolve())
+    index = ImageIndex.scan(root, cache_dir=tmp_path)
     mean, p99, largest, worst = difference(make, index, size, interpolation)
     print(
         f"\n{kind} {make.__name__} {size} {interpolation}: "
