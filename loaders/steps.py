@@ -86,7 +86,7 @@ class TrainSteps:
         """The label cache's targets of the images `shown` int64 [B] in the epoch of `views`, those of stand-ins too."""
         if self._label_cache is None:
             return None
-        return self._label_cache.targets(self._plan.view_of_epoch(views.number), shown)
+        return self._label_cache.targets(self._plan.view_of_epoch(views.epoch), shown)
 
     def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
         return _planned(self.size, indices, boxes, flips, epoch)
@@ -204,10 +204,10 @@ class _PlannedEpochs:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _planned(size: int, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, number: int) -> Views:
+def _planned(size: int, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
     """Rows `indices` of a planned view: `boxes` int32 [N, 4], `flips` bool [N]."""
     resized = np.full((len(indices), 2), size, np.int64)
-    return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], number)
+    return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], epoch)
 
 
 def check_rank(rank: int, world_size: int) -> None:

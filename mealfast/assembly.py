@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mealfast import models
 from mealfast.discriminator import Discriminator
 from mealfast.errors import UsageError
+from mealfast.label_cache_fit import open_label_cache
+from mealfast.loaders import LabelCache
 from mealfast.objective import Objective
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
@@ -47,6 +49,7 @@ class Parts:
     wrapped: nn.Module
     teachers: FrozenEnsemble | None
     teacher_digests: list[str]
+    label_cache: LabelCache | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool
@@ -58,15 +61,16 @@ class Parts:
 
 def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     """Builds everything. Raises UsageError for wrong specs, weights, sizes and combinations."""
+    label_cache = open_label_cache(recipe)
     torch.manual_seed(
         recipe.seed
     )  # random weights; the student comes first, so that they do not depend on the teachers
     student = models.build(recipe.student, recipe.size)
-    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
-    models.check_classes(recipe.teachers, teachers, recipe.student, student.num_classes)
+    teachers = [models.build(spec, recipe.size) for spec in recipe.live_teachers]
+    models.check_classes(recipe.live_teachers, teachers, recipe.student, student.num_classes)
     digests = [models.digest(teacher) for teacher in teachers]
-    models.check_distinct(recipe.teachers, digests)
-    for model, spec in zip((student, *teachers), (recipe.student, *recipe.teachers), strict=True):
+    models.check_distinct(recipe.live_teachers, digests)
+    for model, spec in zip((student, *teachers), (recipe.student, *recipe.live_teachers), strict=True):
         models.probe(model, spec, recipe.size)
 
     mode = recipe.discriminator_mode
@@ -82,7 +86,7 @@ def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    return Parts(trainee, wrapped, ensemble, digests, optimizer, scaler, compile)
+    return Parts(trainee, wrapped, ensemble, digests, label_cache, optimizer, scaler, compile)
 
 
 def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from mealfast.assembly import assemble
 from mealfast.clock import Clock
 from mealfast.discriminator import DEAD_LOSS, is_dead
 from mealfast.errors import UsageError
+from mealfast.label_cache_fit import check_fit
 from mealfast.loaders import Batch, ViewPlan, train_loader
 from mealfast.objective import TERMS
 from mealfast.progress import Progress
@@ -70,6 +71,8 @@ class Run:
             )
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, recipe.max_steps or self.total_steps)
+        if self.parts.label_cache is not None:
+            check_fit(self.parts.label_cache, recipe, self._plan(), self.data.train, self.parts.student.num_classes)
         self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
@@ -87,7 +90,7 @@ class Run:
         self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
         loader = None
         try:
-            for line in run_report.introduction(recipe, runtime, self.data, self.steps_per_epoch):
+            for line in run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch):
                 self.progress.say(line)
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
@@ -105,6 +108,7 @@ class Run:
                     world_size=runtime.world_size,
                     device=runtime.device,
                     threads=recipe.loader_threads,
+                    label_cache=self.parts.label_cache,
                 )
                 self._loop(iter(loader))
             return self._finish(loader)
@@ -135,16 +139,17 @@ class Run:
     # -- what the loop reads and writes ------------------------------------------------------------------------------
 
     def _plan(self) -> ViewPlan:
-        recipe, index = self.recipe, self.data.train
+        recipe, index, cache = self.recipe, self.data.train, self.parts.label_cache
         return ViewPlan(
             index.widths,
             index.heights,
-            seed=recipe.seed,
+            seed=recipe.seed if cache is None else cache.header.plan["seed"],
             size=recipe.size,
             scale=recipe.crop_scale,
             ratio=recipe.crop_ratio,
             flip=recipe.flip,
             interpolation=recipe.interpolation,
+            cycle=None if cache is None else cache.header.views,
         )
 
     def _log_if_due(self, began: float, waited: float) -> None:
@@ -163,7 +168,7 @@ class Run:
 
     def _write_train_line(self, means: dict[str, float | None], rate: float, waiting: float) -> None:
         recipe = self.recipe
-        if not recipe.teachers:
+        if not recipe.distils:
             means["soft_ce"] = means["kl"] = None
         if recipe.discriminator_mode == "off":
             means["discriminator_loss"] = None
@@ -193,7 +198,7 @@ class Run:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        result = self.validate(self._show_pictures if self.telemetry and self.recipe.teachers else None)
+        result = self.validate(self._show_pictures if self.telemetry and self.recipe.live_teachers else None)
         score = result.models[0].to_json()
         line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **score, "kl": result.kl}
         self.scores["latest"] = line
@@ -201,7 +206,7 @@ class Run:
             self.scores["start"] = line
         self.scores["teachers"] = [
             {"model": spec, **score.to_json()}
-            for spec, score in zip(self.recipe.teachers, result.models[1:], strict=True)
+            for spec, score in zip(self.recipe.live_teachers, result.models[1:], strict=True)
         ]
         self.scores["ensemble"] = result.ensemble.to_json() if result.ensemble else None
         if self.telemetry:
@@ -250,7 +255,8 @@ class Run:
             state = checkpoint.read(path)
         refuse_other_recipe(self.recipe, state.get("recipe", {}), f"checkpoint {path}: of a run")
         stored = state.get("identity", {})
-        for what, option in (("images", "--data"), ("teachers", "--teachers")):
+        options = {"images": "--data", "targets": "--label-cache", "teachers": "--teachers"}
+        for what, option in options.items():
             if stored.get(what) != run_report.identity(self.recipe, self.parts, self.data)[what]:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from mealfast.errors import UsageError
 from mealfast.options import Parser, add_recipe_options, given_fields
+from mealfast.progress import size_text
 from mealfast.recipe import Recipe, make_recipe
 
 # What `build` takes of a recipe: the teachers and all that decides what they see.
@@ -192,7 +193,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['cache']}: {facts['complete_views']} of {facts['views']} views of {facts['images']:,} images, top "
         f"{facts['top_k']} of {facts['classes']} classes",
-        f"  {facts['bytes'] / 1e6:,.1f} MB of {facts['bytes_when_complete'] / 1e6:,.1f}, "
+        f"  {size_text(facts['bytes'])} of {size_text(facts['bytes_when_complete'])}, "
         f"{facts['bytes_per_view_and_image']} bytes a view and image",
         *(f"  teacher {teacher['spec']}  sha256 {teacher['digest'][:16]}" for teacher in facts["teachers"]),
         "  views " + "  ".join(f"{name} {plan.get(name)}" for name in ("seed", "size", "scale", "ratio", "flip")),

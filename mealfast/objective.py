@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mealfast import cached_loss
 from mealfast.discriminator import mean_logits
 from mealfast.kernels import ensemble_soft_cross_entropy
 
@@ -33,10 +34,13 @@ class Objective(nn.Module):
         kept: float,
         labels: torch.Tensor,
         partner_labels: torch.Tensor | None = None,
+        cached: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, C] of the student and of each of K teachers (K may be 0), labels int64 [B].
 
         Under CutMix also the pasted images' labels int64 [B]; `kept` is the share of the area that is each image's own.
+        `cached` stands in for the teachers' logits: ids [B, k] and probabilities [B, k] from a label cache, under
+        CutMix followed by the pasted images'. The discriminator then compares log-probabilities.
 
         Returns the loss to minimise (scalar) and the float32 values of `TERMS` [5], detached, on the same device; a
         term that this run does not have is 0.
@@ -44,13 +48,28 @@ class Objective(nn.Module):
         soft = kl = hard = adversary = student_logits.new_zeros((), dtype=torch.float32)
         if teacher_logits:
             soft, kl = ensemble_soft_cross_entropy(student_logits, teacher_logits, return_kl=True)
+        elif cached:
+            soft, kl = cached_loss.soft_cross_entropy(student_logits, kept, cached)
         if self.hard_label_weight > 0:
             hard = hard_cross_entropy(student_logits, kept, labels, partner_labels)
         loss = (1 - self.hard_label_weight) * soft + self.hard_label_weight * hard
         if self.discriminator is not None:
-            adversary = self.discriminator(student_logits, mean_logits(teacher_logits))
+            adversary = self.discriminator(*self._sides(student_logits, teacher_logits, kept, cached))
             loss = loss + adversary
         return loss, torch.stack([term.detach().float() for term in (loss, soft, kl, hard, adversary)])
+
+    @staticmethod
+    def _sides(
+        student_logits: torch.Tensor,
+        teacher_logits: Sequence[torch.Tensor],
+        kept: float,
+        cached: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the discriminator tells apart, [B, C] each: logits, or log-probabilities where there are no others."""
+        if teacher_logits:
+            return student_logits, mean_logits(teacher_logits)
+        log_student = student_logits.float().log_softmax(dim=1)
+        return log_student, cached_loss.log_target(student_logits.shape[1], kept, cached)
 
 
 def hard_cross_entropy(

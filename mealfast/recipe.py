@@ -66,6 +66,12 @@ class Recipe:
     cutmix: bool = option(
         False, "method", "CutMix on the images of every batch (beta 1); the teachers label the mixed image"
     )
+    label_cache: str = option(
+        "",
+        "method",
+        "folder of `mealfast labels build`: its targets and views stand in for the teachers, none of which runs",
+        metavar="CACHE",
+    )
     hard_label_weight: float = option(
         0.0, "method", "weight w of cross-entropy with the labels: (1 - w) soft + w hard; 1 without teachers"
     )
@@ -158,11 +164,15 @@ class Recipe:
             raise UsageError(
                 "--hard-label-weight 1 trains on labels alone: leave --teachers empty, or lower the weight"
             )
-        if not self.teachers and self.hard_label_weight < 1:
+        if self.label_cache and self.hard_label_weight == 1:
+            raise UsageError(
+                "--hard-label-weight 1 trains on labels alone: leave --label-cache out, or lower the weight"
+            )
+        if not self.distils and self.hard_label_weight < 1:
             raise UsageError(
                 "--teachers names no model: name one or more, or train on labels with --hard-label-weight 1"
             )
-        if not self.teachers and self.discriminator not in (None, "off"):
+        if not self.distils and self.discriminator not in (None, "off"):
             raise UsageError(
                 f"--discriminator {self.discriminator} needs teachers: add --teachers, or --discriminator off"
             )
@@ -178,7 +188,17 @@ class Recipe:
     @property
     def discriminator_mode(self) -> str:
         """The mode in force: the paper's regulariser unless there is no teacher to tell the student from."""
-        return self.discriminator or ("cooperative" if self.teachers else "off")
+        return self.discriminator or ("cooperative" if self.distils else "off")
+
+    @property
+    def live_teachers(self) -> tuple[str, ...]:
+        """The teachers that run: none where a label cache holds what they said."""
+        return () if self.label_cache else self.teachers
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a target besides labels: from teachers or from a label cache."""
+        return bool(self.teachers or self.label_cache)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -187,7 +207,7 @@ class Recipe:
 # Fields that decide neither the weights nor the metrics, or only how far a run goes: a resumed run may change them.
 RESUMABLE_FIELDS = frozenset(
     {
-        "data", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+        "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
     }
 )  # fmt: skip
 

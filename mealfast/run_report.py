@@ -8,16 +8,19 @@ import mealfast
 from mealfast import models
 from mealfast import runtime as runtimes
 from mealfast.assembly import Parts
+from mealfast.loaders import LabelCache
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.splits import Splits
 
 
 def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
-    """What a checkpoint must agree with beside the recipe: the same images, the same teachers."""
+    """What a checkpoint must agree with beside the recipe: the same images, the same teachers or cached targets."""
+    cache = parts.label_cache
     return {
         "images": {"train": data.train.digest, "val": data.val.digest},
-        "teachers": dict(zip(recipe.teachers, parts.teacher_digests, strict=True)),
+        "targets": None if cache is None else cache.header.digest,
+        "teachers": dict(zip(recipe.live_teachers, parts.teacher_digests, strict=True)),
     }
 
 
@@ -35,14 +38,15 @@ def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict
         "images": {"train": len(data.train), "val": len(data.val)},
         "image_digests": same["images"],
         "teacher_digests": same["teachers"],
+        "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
     }
 
 
-def introduction(recipe: Recipe, runtime: Runtime, data: Splits, steps_per_epoch: int) -> list[str]:
+def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, steps_per_epoch: int) -> list[str]:
     """The log's first lines: notes first, then what is trained on what."""
     lines = [
         f"note: {spec} has random weights (no tag and no checkpoint)"
-        for spec in (recipe.student, *recipe.teachers)
+        for spec in (recipe.student, *recipe.live_teachers)
         if models.is_random(spec)
     ]
     lines += [
@@ -50,11 +54,31 @@ def introduction(recipe: Recipe, runtime: Runtime, data: Splits, steps_per_epoch
         for index in (data.train, data.val)
         if index.quarantined
     ]
-    teachers = " + ".join(recipe.teachers) or "none (labels alone)"
+    teachers = " + ".join(recipe.live_teachers) or "none (labels alone)"
+    discriminator = recipe.discriminator_mode
+    if parts.label_cache is not None:
+        lines += _cache_notes(recipe, parts.label_cache)
+        teachers = f"none runs (label cache {recipe.label_cache})"
+        discriminator += "" if discriminator == "off" else " (on log-probabilities: a cache holds no logits)"
     return [
         *lines,
-        f"student {recipe.student}  teachers {teachers}  discriminator {recipe.discriminator_mode}",
+        f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",
         f"{len(data.train):,} images, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} at "
         f"{recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {runtime.precision}, "
         f"{recipe.loader} loader  |  {recipe.run_dir}",
     ]
+
+
+def _cache_notes(recipe: Recipe, cache: LabelCache) -> list[str]:
+    header = cache.header
+    specs = " + ".join(teacher["spec"] for teacher in header.teachers)
+    lines = [
+        f"label cache: {header.views} views, top {header.top_k} of {header.classes} classes, by {specs}; views of its "
+        f"seed {header.plan['seed']}; the KL to the live ensemble on val/ is not measured"
+    ]
+    made_by = header.made_with.get("loader")
+    if made_by != recipe.loader:
+        lines.append(
+            f"note: the cache was made with --loader {made_by}; {recipe.loader} rounds pixels a little differently"
+        )
+    return lines

@@ -33,7 +33,7 @@ from mealfast.loaders import (
     label_loader,
     plan_fields,
 )
-from mealfast.progress import Progress
+from mealfast.progress import Progress, size_text
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.teachers import FrozenEnsemble
@@ -66,6 +66,8 @@ def load_teachers(recipe: Recipe, runtime: Runtime) -> LabelTeachers:
         models.probe(teacher, spec, recipe.size)
     digests = [models.digest(teacher) for teacher in teachers]
     models.check_distinct(recipe.teachers, digests)
+    for spec in filter(models.is_random, recipe.teachers if runtime.is_main else ()):
+        print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
     compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     described = tuple({"spec": spec, "digest": digest} for spec, digest in zip(recipe.teachers, digests, strict=True))
     return LabelTeachers(
@@ -141,10 +143,10 @@ def build(
 
 def _say_forecast(header: CacheHeader, todo: int) -> None:
     total = forecast_bytes(header.images, header.views, header.top_k, header.classes)
-    left = "" if todo == total else f", {todo / 1e9:.3g} GB of it left to write"
+    left = "" if todo == total else f", {size_text(todo)} of it left to write"
     print(
         f"{header.views} views of {header.images:,} images, top {header.top_k} of {header.classes} classes: "
-        f"{total / 1e9:.3g} GB{left}",
+        f"{size_text(total)}{left}",
         file=sys.stderr,
     )
 

@@ -34,28 +34,34 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int) -> None:
         parts, accumulate = self.parts, self.recipe.accumulate
         self._set_lr(step)
-        tensors, kept = self._inputs(batch, step)
+        images, labels, cached, kept = self._inputs(batch, step)
         parts.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.meter[:-1])
         for number in range(accumulate):
-            images, *labels = (rows.chunk(accumulate)[number] for rows in tensors)
+            part, *rest = (rows.chunk(accumulate)[number] for rows in (images, *labels, *cached))
+            part_labels, part_cached = rest[: len(labels)], rest[len(labels) :]
             reduce_gradients = number == accumulate - 1 or self.runtime.world_size == 1
             with nullcontext() if reduce_gradients else parts.wrapped.no_sync():
-                teacher_logits = parts.teachers(images) if parts.teachers else []
-                loss, terms = parts.wrapped(images, teacher_logits, kept, *labels)
+                teacher_logits = parts.teachers(part) if parts.teachers else []
+                partner_labels = part_labels[1] if len(part_labels) > 1 else None
+                loss, terms = parts.wrapped(part, teacher_logits, kept, part_labels[0], partner_labels, part_cached)
                 parts.scaler.scale(loss / accumulate).backward()
             sums += terms / accumulate
         bad = self._update()
         self.skipped += bad
         self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
 
-    def _inputs(self, batch: Batch, step: int) -> tuple[list[torch.Tensor], float]:
-        """Images and labels, under CutMix mixed images and both labels; and the area kept from each image itself."""
+    def _inputs(self, batch: Batch, step: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], float]:
+        """Images, labels, cached targets (if any); under CutMix mixed images, and labels and targets of both; and the
+        area kept from each image itself."""
+        labels, cached = [batch.labels], list(batch.targets or ())
         if not self.recipe.cutmix:
-            return [batch.images, batch.labels], 1.0
+            return batch.images, labels, cached, 1.0
         _, height, width, _ = batch.images.shape
         box = cutmix.draw_box(self.recipe.seed, step, self.runtime.rank, height, width)
-        return [cutmix.mix(batch.images, box), batch.labels, cutmix.partner(batch.labels)], box.kept
+        for rows in (labels, cached):
+            rows += [cutmix.partner(own) for own in rows]
+        return cutmix.mix(batch.images, box), labels, cached, box.kept
 
     def _set_lr(self, step: int) -> None:
         factor = lr_factor(step // self.steps_per_epoch, self.recipe.lr_decay_epochs, self.recipe.lr_decay)
