@@ -7,6 +7,7 @@ memory bus once either way: registers allow two or three programs a multiprocess
 about 35 to 50 MB of rows on an H100, whose L2 cache has 50.
 
 Exponentials are exp(x / T) = exp2(x * log2e_over_t), with log2e_over_t = log2(e) / T: one multiply and one instruction.
+Quotients are tl.div_rn, once a row: `/` is an approximate division on a GPU, off by up to 2 units in the last place.
 Strides and C are constexpr: that is how Triton sees that a row of 1000 bfloat16 begins at a multiple of 16 bytes, and
 loads 128 bits at a time (an integer argument is only ever known to be a multiple of 16 elements, which 1000 is not).
 """
@@ -21,7 +22,6 @@ import triton.language as tl
 
 ROW_LIMIT = 4096
 CHUNK = 2048
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def blocks(classes: int) -> tuple[int, dict[str, int]]:
@@ -29,6 +29,11 @@ def blocks(classes: int) -> tuple[int, dict[str, int]]:
     block = triton.next_power_of_2(classes) if classes <= ROW_LIMIT else CHUNK
     # Fused multiply-adds round less. Said aloud because Triton's default is about to change.
     return block, {"num_warps": max(1, block // 256), "enable_fp_fusion": True}
+
+
+def over_temperature(temperature: float) -> dict[str, float]:
+    """What the kernels know of T: rounded to float32 once, from Python's double precision."""
+    return {"log2e_over_t": math.log2(math.e) / temperature, "one_over_t": 1.0 / temperature}
 
 
 def programs(rows: int, upstream: torch.Tensor | None) -> tuple[int]:
@@ -92,7 +97,7 @@ def log_sum(others, ties):
     """
     x = others + (ties - 1.0)
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    return tl.where(u == 1.0, x, tl.log(u) * tl.div_rn(x, u - 1.0))
 
 
 @triton.jit
@@ -131,7 +136,7 @@ def target_row(
         if k + 1 < len(teachers):  # the next teacher is on its way while this one is reduced
             ahead = load_logits(teachers[k + 1] + row * teacher_strides[k + 1], 0, C, BLOCK, "")
         e = tl.exp2((logits - tl.max(logits, 0)) * log2e_over_t)
-        target += e * (weights[k] / tl.sum(e, 0))
+        target += e * tl.div_rn(weights[k], tl.sum(e, 0))
     return target
 
 
@@ -151,7 +156,7 @@ def teacher_sums(
     for k in tl.static_range(len(teachers)):
         top, total = max_and_sum(teachers[k] + row * teacher_strides[k], log2e_over_t, C, BLOCK)
         tops = tops + (top,)  # noqa: RUF005 (Triton has no starred tuples)
-        factors = factors + (weights[k] / total,)  # noqa: RUF005
+        factors = factors + (tl.div_rn(weights[k], total),)  # noqa: RUF005
     return tops, factors
 
 

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 
 from .row_triton import (
-    LOG2E,
     assert_outputs,
     assert_rows,
     blocks,
     load_logits,
     log_sum,
     max_and_sum,
+    over_temperature,
     programs,
     store_row,
     target_chunk,
@@ -43,30 +43,30 @@ def _one_row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    temperature,
+    log2e_over_t,
+    one_over_t,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row that fits in registers: each logit is loaded once."""
-    c = LOG2E / temperature
     student_logits = load_logits(
         student + row * student_stride, 0, C, BLOCK, ""
     )  # first, to arrive while teachers reduce
-    target = target_row(teachers, teacher_strides, weights, row, c, C, BLOCK)
+    target = target_row(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
     s = student_logits.to(tl.float32)
     d = s - tl.max(s, 0)
-    e = tl.exp2(d * c)
+    e = tl.exp2(d * log2e_over_t)
     others = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
     ties = tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
     if loss is not None:
-        value = log_sum(others, ties) - tl.sum(tl.where(target == 0.0, 0.0, target * d), 0) / temperature
+        value = log_sum(others, ties) - tl.sum(tl.where(target == 0.0, 0.0, target * d), 0) * one_over_t
         tl.store(loss + row, value)
         if kl is not None:
             tl.store(kl + row, value + tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0))
     if gradient is not None:
-        g = (e * (1.0 / (others + ties)) - target) * (factor / temperature)
+        g = (e * tl.div_rn(1.0, others + ties) - target) * (factor * one_over_t)
         store_row(gradient + row * C, 0, g, C, BLOCK)
 
 
@@ -80,24 +80,25 @@ def _long_row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    temperature,
+    log2e_over_t,
+    one_over_t,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row of several chunks, swept twice."""
-    c = LOG2E / temperature
-    tops, factors = teacher_sums(teachers, teacher_strides, weights, row, c, C, BLOCK)
-    top, z = max_and_sum(student + row * student_stride, c, C, BLOCK)
+    tops, factors = teacher_sums(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
+    top, z = max_and_sum(student + row * student_stride, log2e_over_t, C, BLOCK)
+    one_over_z = tl.div_rn(1.0, z)
     others = 0.0
     ties = 0.0
     expected_d = 0.0
     negative_entropy = 0.0
     for first in tl.range(0, C, BLOCK):
-        target = target_chunk(teachers, teacher_strides, tops, factors, row, first, c, C, BLOCK)
+        target = target_chunk(teachers, teacher_strides, tops, factors, row, first, log2e_over_t, C, BLOCK)
         d = load_logits(student + row * student_stride, first, C, BLOCK, "evict_first").to(tl.float32) - top
-        e = tl.exp2(d * c)
+        e = tl.exp2(d * log2e_over_t)
         if loss is not None:
             others += tl.sum(tl.where(d == 0.0, 0.0, e), 0)
             ties += tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
@@ -105,10 +106,10 @@ def _long_row(
             if kl is not None:
                 negative_entropy += tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0)
         if gradient is not None:
-            g = (e * (1.0 / z) - target) * (factor / temperature)
+            g = (e * one_over_z - target) * (factor * one_over_t)
             store_row(gradient + row * C, first, g, C, BLOCK)
     if loss is not None:
-        value = log_sum(others, ties) - expected_d / temperature
+        value = log_sum(others, ties) - expected_d * one_over_t
         tl.store(loss + row, value)
         if kl is not None:
             tl.store(kl + row, value + negative_entropy)
@@ -125,7 +126,8 @@ def ensemble_soft_ce_kernel(
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
     factor,
-    temperature,
+    log2e_over_t,
+    one_over_t,
     upstream_stride: tl.constexpr,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
@@ -145,7 +147,8 @@ def ensemble_soft_ce_kernel(
             gradient,
             program,
             factor,
-            temperature,
+            log2e_over_t,
+            one_over_t,
             student_stride,
             teacher_strides,
             C,
@@ -165,7 +168,8 @@ def ensemble_soft_ce_kernel(
                     gradient,
                     row,
                     scale * factor,
-                    temperature,
+                    log2e_over_t,
+                    one_over_t,
                     student_stride,
                     teacher_strides,
                     C,
@@ -206,7 +210,7 @@ def launch(
             upstream,
             student.shape[0],
             factor,
-            temperature,
+            **over_temperature(temperature),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
             student_stride=student.stride(0),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),

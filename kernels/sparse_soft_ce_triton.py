@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 
 from .row_triton import (
-    LOG2E,
     assert_outputs,
     blocks,
     load_logits,
     log_sum,
     max_and_sum,
+    over_temperature,
     programs,
     store_row,
 )
@@ -62,7 +62,8 @@ def _row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    temperature,
+    log2e_over_t,
+    one_over_t,
     student_stride: tl.constexpr,
     RENORMALISE: tl.constexpr,
     C: tl.constexpr,
@@ -70,7 +71,6 @@ def _row(
     K: tl.constexpr,  # k
     K_BLOCK: tl.constexpr,
 ):
-    c = LOG2E / temperature
     student += row * student_stride
     entries = tl.arange(0, K_BLOCK)
     kept = entries < K
@@ -80,26 +80,27 @@ def _row(
     p = tl.where(kept & (valid == 0), float("nan"), p)  # an id out of range spoils its sample, not other memory
     n = tl.sum(p, 0)
     if RENORMALISE:
-        p = p / n
+        p = p * tl.div_rn(1.0, n)
         n = tl.sum(p, 0)
     if RENORMALISE or C == K:
         rest = tl.zeros([], tl.float32)
     else:
-        rest = tl.maximum(1.0 - n, 0.0) / (C - K)
+        rest = tl.maximum(1.0 - n, 0.0) * (1.0 / (C - K))
     mass = n + rest * (C - K)
 
-    scale = factor / temperature
+    scale = factor * one_over_t
     if BLOCK >= C:
         s = load_logits(student, 0, C, BLOCK, "").to(tl.float32)
         top = tl.max(s, 0)
         d = s - top
-        others, ties, finite, masked = _chunk_sums(d, 0, c, C, BLOCK)
-        z = others + ties
+        others, ties, finite, masked = _chunk_sums(d, 0, log2e_over_t, C, BLOCK)
+        mass_over_z = tl.div_rn(mass, others + ties)
         if gradient is not None:
-            g = (tl.exp2(d * c) * (mass / z) - rest) * scale
+            g = (tl.exp2(d * log2e_over_t) * mass_over_z - rest) * scale
             store_row(gradient + row * C, 0, g, C, BLOCK)
     else:
-        top, z = max_and_sum(student, c, C, BLOCK)
+        top, z = max_and_sum(student, log2e_over_t, C, BLOCK)
+        mass_over_z = tl.div_rn(mass, z)
         others = 0.0
         ties = 0.0
         finite = 0.0
@@ -107,19 +108,19 @@ def _row(
         for first in tl.range(0, C, BLOCK):
             d = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32) - top
             if loss is not None:
-                sums = _chunk_sums(d, first, c, C, BLOCK)
+                sums = _chunk_sums(d, first, log2e_over_t, C, BLOCK)
                 others += sums[0]
                 ties += sums[1]
                 finite += sums[2]
                 masked += sums[3]
             if gradient is not None:
-                g = (tl.exp2(d * c) * (mass / z) - rest) * scale
+                g = (tl.exp2(d * log2e_over_t) * mass_over_z - rest) * scale
                 store_row(gradient + row * C, first, g, C, BLOCK)
 
     d_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32) - top
     if gradient is not None:
         tl.debug_barrier()  # the kept entries overwrite what other threads have just stored
-        g = (tl.exp2(d_kept * c) * (mass / z) - p) * scale
+        g = (tl.exp2(d_kept * log2e_over_t) * mass_over_z - p) * scale
         tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
     if loss is not None:
         expected_d = tl.sum(tl.where(p == 0.0, 0.0, p * d_kept), 0)
@@ -127,7 +128,7 @@ def _row(
         masked -= tl.sum(tl.where(valid & (d_kept == -float("inf")), 1.0, 0.0), 0)
         spread = tl.where(masked > 0.0, -float("inf"), finite)
         expected_d += tl.where(rest == 0.0, 0.0, rest * spread)
-        value = mass * log_sum(others, ties) - expected_d / temperature
+        value = mass * log_sum(others, ties) - expected_d * one_over_t
         tl.store(loss + row, value)
         if kl is not None:
             tl.store(kl + row, value + tl.sum(_x_log_x(p), 0) + (C - K) * _x_log_x(rest))
@@ -144,7 +145,8 @@ def sparse_soft_ce_kernel(
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
     factor,
-    temperature,
+    log2e_over_t,
+    one_over_t,
     upstream_stride: tl.constexpr,
     student_stride: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -165,7 +167,8 @@ def sparse_soft_ce_kernel(
             gradient,
             program,
             factor,
-            temperature,
+            log2e_over_t,
+            one_over_t,
             student_stride,
             RENORMALISE,
             C,
@@ -187,7 +190,8 @@ def sparse_soft_ce_kernel(
                     gradient,
                     row,
                     scale * factor,
-                    temperature,
+                    log2e_over_t,
+                    one_over_t,
                     student_stride,
                     RENORMALISE,
                     C,
@@ -232,7 +236,7 @@ def launch(
             upstream,
             student.shape[0],
             factor,
-            temperature,
+            **over_temperature(temperature),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
             student_stride=student.stride(0),
             RENORMALISE=remainder == "renormalise",

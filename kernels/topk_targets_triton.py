@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_triton import LOG2E, assert_rows, blocks, target_chunk, target_row, teacher_sums
+from .row_triton import assert_rows, blocks, over_temperature, target_chunk, target_row, teacher_sums
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def ensemble_topk_kernel(
     weights,  # K floats that sum to one
     ids,  # int32 [B, k], contiguous
     probabilities,  # float32 [B, k], contiguous
-    temperature,
+    log2e_over_t,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,14 +43,15 @@ def ensemble_topk_kernel(
 ):
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
-    c = LOG2E / temperature
     if BLOCK >= C:
-        keys = _top_keys(target_row(teachers, teacher_strides, weights, row, c, C, BLOCK), 0, C, BLOCK, K_BLOCK)
+        keys = _top_keys(
+            target_row(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK), 0, C, BLOCK, K_BLOCK
+        )
     else:
-        tops, factors = teacher_sums(teachers, teacher_strides, weights, row, c, C, BLOCK)
+        tops, factors = teacher_sums(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
         keys = tl.full([K_BLOCK], -1, tl.int64)
         for first in tl.range(0, C, BLOCK):
-            target = target_chunk(teachers, teacher_strides, tops, factors, row, first, c, C, BLOCK)
+            target = target_chunk(teachers, teacher_strides, tops, factors, row, first, log2e_over_t, C, BLOCK)
             both = tl.join(keys, _top_keys(target, first, C, BLOCK, K_BLOCK))
             keys = tl.topk(tl.reshape(both, [2 * K_BLOCK]), K_BLOCK)
     entries = tl.arange(0, K_BLOCK)
@@ -83,7 +84,7 @@ def launch(
             tuple(weights),
             ids,
             probabilities,
-            temperature,
+            over_temperature(temperature)["log2e_over_t"],
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=classes,
             BLOCK=block,

@@ -273,8 +273,8 @@ class Run:
     def _finish(self, loader: Any) -> dict[str, Any]:
         """Writes student.safetensors and summary.json; says where they are, or how to go on."""
         rate, waiting = self.clock.medians()
-        replaced = dict(
-            pair for found in self.runtime.gather(getattr(loader, "replaced", {})) for pair in found.items()
+        replaced = self.runtime.gather(
+            {"files": loader.replaced, "views": loader.replaced_count} if loader else {"files": {}, "views": 0}
         )
         summary = {
             "finished": self.step == self.total_steps,
@@ -289,7 +289,8 @@ class Run:
             "images_per_second": rate,
             "data_wait_fraction": waiting,
             "skipped_steps": int(self.train_step.skipped),
-            "replaced_images": replaced,
+            "replaced_views": sum(one["views"] for one in replaced),
+            "replaced_images": {path: reason for one in replaced for path, reason in one["files"].items()},
             "quarantined_images": len(self.data.train.quarantined) + len(self.data.val.quarantined),
             "seconds": time.perf_counter() - self.began,
         }

@@ -61,8 +61,8 @@ def weights(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def options(tree, weights, tmp_path):
+@pytest.fixture(scope="session")
+def fields(tree, weights):
     """Fields of a recipe that distils two small teachers into a small student within a second or two."""
     return {
         "data": str(tree),
@@ -79,8 +79,13 @@ def options(tree, weights, tmp_path):
         "loader": "pillow",
         "loader_threads": 2,
         "log_every": 2,
-        "run_dir": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def options(fields, tmp_path):
+    """The same with a run directory, for a test to change."""
+    return {**fields, "run_dir": str(tmp_path / "run")}
 
 
 def _packaged(name: str) -> Path:

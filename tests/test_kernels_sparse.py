@@ -84,7 +84,7 @@ def run(student, ids, probabilities, upstream=None, **options):
 
 
 @pytest.mark.parametrize("remainder", REMAINDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(device, size, dtype, remainder):
     classes, k = size
@@ -215,7 +215,9 @@ def test_topk_sizes(device, size, dtype):
     check_topk(teachers, k, [3.0, 1.0, 2.0], 1.5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10 if INTERPRETED else 50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     batch=st.integers(0, 3),
     classes_and_k=st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), st.integers(1, c))),
