@@ -50,9 +50,10 @@ def lines(options, kind):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_with_every_class_kept_a_run_is_the_live_one(cached, teachers, tmp_path, accumulate):
+def test_with_every_class_kept_a_run_is_the_live_one(cached, teachers, weights, tmp_path, accumulate):
     """Nine steps over three epochs: every loss within 1e-3 of the live run's, relative."""
-    cached |= {"accumulate": accumulate}
+    # This student's BatchNorms see 4 x 4 pixels at the end, not 1: float16's rounding of the targets stays small.
+    cached |= {"accumulate": accumulate, "lr": 0.01, "student": f"test_resnet@{weights('test_resnet', 1)}"}
     live = {**cached, "teachers": teachers, "label_cache": "", "run_dir": str(tmp_path / "live")}
     train(make_recipe(**cached)), train(make_recipe(**live))
     ours, theirs = lines(cached, "train"), lines(live, "train")
@@ -60,7 +61,7 @@ def test_with_every_class_kept_a_run_is_the_live_one(cached, teachers, tmp_path,
     for one, other in zip(ours, theirs, strict=True):
         for name in ("loss", "soft_ce"):
             assert one[name] == pytest.approx(other[name], rel=1e-3), (name, one["step"])
-        assert one["kl"] == pytest.approx(other["kl"], rel=1e-2, abs=1e-4)
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-3 * other["soft_ce"])
     assert lines(cached, "eval")[-1]["kl"] is None
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["label_cache"]["views"] == VIEWS
@@ -192,8 +193,8 @@ def test_a_cache_that_does_not_fit_is_refused(cached, case):
 
 def test_teachers_are_told_by_their_weights(cached, teachers, weights, tmp_path):
     moved = shutil.copy(weights("test_resnet", 2), tmp_path / "moved.pth")
-    recipe = make_recipe(**{**cached, "teachers": (f"test_resnet@{moved}", teachers[1])}, max_steps=1)
-    train(recipe)
+    train(make_recipe(**{**cached, "teachers": (f"test_resnet@{moved}", teachers[1])}, max_steps=1))
+    cached["run_dir"] = str(tmp_path / "other")
     other = make_recipe(**{**cached, "teachers": (f"test_resnet@{weights('test_resnet', 9)}", teachers[1])})
     with pytest.raises(UsageError, match=r"is of teacher test_resnet@.*-2-3.pth, not test_resnet@.*-9-3.pth"):
         train(other)
@@ -214,7 +215,7 @@ def test_other_classes_are_refused(cached, cache, tmp_path):
     other = shutil.copytree(cache, tmp_path / "cache")
     header = json.loads((other / "header.json").read_text())
     (other / "header.json").write_text(json.dumps({**header, "classes": 4}))
-    with pytest.raises(UsageError, match="is of 4 classes, but --student .* has 3"):
+    with pytest.raises(UsageError, match=r"is of 4 classes, but --student .* has 3"):
         train(make_recipe(**{**cached, "label_cache": str(other)}))
 
 
