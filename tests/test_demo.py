@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from mealfast.loaders import ImageIndex
+from PIL import Image
 
 from mealfast import demo, demo_data
 from mealfast.__main__ import dispatch
