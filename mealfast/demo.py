@@ -110,7 +110,10 @@ def _make_room(folder: Path) -> None:
         raise UsageError(f"--run-dir {folder}: holds something other than a demo; name a new or an empty folder")
     for name in ("data", *_RUNS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {folder}: cannot be made ({error.strerror})") from error
 
 
 def _table(result: dict[str, Any], folder: Path) -> str:

@@ -65,9 +65,6 @@ def evaluate_command(argv: list[str]) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if options.crop_pct is not None and not 0.1 <= options.crop_pct <= 2:
         raise UsageError(f"--crop-pct {options.crop_pct}: must be between 0.1 and 2")
-    for spec in options.model:
-        if models.is_random(spec):
-            print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
     runtime = runtimes.start(options.device, options.amp)
     try:
         result = run(options, runtime)
@@ -82,6 +79,9 @@ def run(options: Any, runtime: Runtime) -> dict[str, Any]:
     """Scores the models that the options name; the content of `--json`."""
     with runtime.main_first():
         index = _scan(options.data, options.loader_threads, runtime)
+    for spec in options.model:
+        if runtime.is_main and models.is_random(spec):
+            print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
     views = [_views(options, model) for model in loaded]

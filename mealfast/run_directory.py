@@ -36,11 +36,17 @@ class RunDirectory:
         refuse_other_recipe(recipe, stored, f"--run-dir {self.path}: holds a run")
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Creates the directory and writes config.json; removes what a killed process left half-written."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for folder in (self.path, self.checkpoints):
-            checkpoint.remove_leftovers(folder)
-        checkpoint.write_json(self.config, config)
+        """Creates the directory and writes config.json; removes what a killed process left half-written.
+
+        Raises UsageError where nothing can be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                checkpoint.remove_leftovers(folder)
+            checkpoint.write_json(self.config, config)
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
 
 
 def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mealfast import checkpoint
+from mealfast import runtime as runtimes
 from mealfast.engine import train
 from mealfast.errors import UsageError
 from mealfast.recipe import make_recipe
@@ -220,11 +221,11 @@ def test_sigterm_ends_a_run_well_and_it_resumes(everything, tmp_path):
 
 def test_a_second_interrupt_ends_at_once_and_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    stop = StopSignal()
+    stop = StopSignal(runtimes.start("cpu", "off"))
     try:
-        assert not stop
+        assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop
+        assert stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
