@@ -187,8 +187,10 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
     plan, made_with = content["plan"], content["made_with"]
     if not isinstance(plan, dict) or not isinstance(made_with, dict):
         raise ValueError("plan and made_with must be objects")
-    if type(plan["seed"]) is not int or not 0 <= plan["seed"] < 2**64:
-        raise ValueError("plan's seed must be from 0 to 2**64 - 1")
+    _check_plan(plan, content["images"])
+    if any(type(made_with[name]) is not int or made_with[name] < 1 for name in ("batch_size", "rows_per_part")):
+        raise ValueError("batch_size and rows_per_part must be 1 or more")
+    _text(made_with["precision"]), _text(made_with["loader"])
     teachers = tuple({"spec": _text(one["spec"]), "digest": _text(one["digest"])} for one in content["teachers"])
     if not teachers:
         raise ValueError("it names no teacher")
@@ -212,6 +214,20 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
         if content[name] != own[name]:
             raise ValueError(f"{name} must be {own[name]}")
     return header
+
+
+def _check_plan(plan: dict[str, Any], images: int) -> None:
+    if type(plan["seed"]) is not int or not 0 <= plan["seed"] < 2**64:
+        raise ValueError("plan's seed must be from 0 to 2**64 - 1")
+    if type(plan["size"]) is not int or not 1 <= plan["size"] <= 8192:
+        raise ValueError("plan's size must be from 1 to 8192")
+    if plan["images"] != images:
+        raise ValueError("plan's images must be those of the cache")
+    for name, count in (("scale", 2), ("ratio", 2), ("flip", 1)):
+        values = plan[name] if count == 2 else [plan[name]]
+        if not isinstance(values, list) or len(values) != count or any(type(v) not in (int, float) for v in values):
+            raise ValueError(f"plan's {name} must hold {count} number(s)")
+    _text(plan["interpolation"])
 
 
 def _complete_view(content: dict[str, Any]) -> CompleteView:

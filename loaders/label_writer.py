@@ -154,7 +154,7 @@ def _found(folder: Path, header: CacheHeader) -> tuple[CacheHeader, dict[tuple[i
     """`header` with the views that are complete in `folder`, and the parts of other views whose bytes are right."""
     stored = _stored(folder, header)
     complete = tuple(view for view in stored.complete if _size(folder, view.view) == header.bytes_per_view)
-    header = dataclasses.replace(header, complete=complete)
+    header = dataclasses.replace(stored, views=header.views, complete=complete)  # what it says of machines stays
     journals = Journals(folder)
     journals.refresh()
     return header, _sound_parts(folder, header, journals.parts)

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mealfast.loaders import CacheHeader, DataError, LabelCache, LabelWriter, claim_label_cache, forecast_bytes
+from mealfast.loaders import (
+    CacheHeader,
+    DataError,
+    LabelCache,
+    LabelWriter,
+    ViewPlan,
+    claim_label_cache,
+    forecast_bytes,
+    plan_fields,
+)
 
 N, V, K, C = 23, 3, 4, 50
 PAGE = Path(__file__).parents[1] / "loaders" / "LABEL_CACHE.md"
@@ -21,7 +30,7 @@ def make_header(**changes) -> CacheHeader:
     fields = {
         "images": N,
         "images_digest": "ab" * 32,
-        "plan": {"law": 1, "images": N, "seed": 7, "size": 32, "scale": [0.08, 1.0]},
+        "plan": plan_fields(ViewPlan(np.full(N, 40), np.full(N, 40), seed=7, size=32)),
         "views": V,
         "classes": C,
         "top_k": K,
@@ -125,6 +134,13 @@ def test_means_of_a_view(finished):
 def test_any_number_of_ranks_writes_the_same_bytes(finished, tmp_path, ranks):
     write(tmp_path / "cache", make_header(), ranks)
     assert content(tmp_path / "cache") == content(finished)
+
+
+def test_building_a_finished_cache_again_changes_nothing(cache, finished):
+    """Not even what it says of the machine that made it, or where the teachers lay."""
+    moved = tuple({**teacher, "spec": "elsewhere"} for teacher in make_header().teachers)
+    write(cache, make_header(teachers=moved, made_with={**make_header().made_with, "torch": "9"}))
+    assert content(cache) == content(finished)
 
 
 class Killed(BaseException):
@@ -327,13 +343,21 @@ DAMAGE = {
     "wrong k": (lambda c: edited(c, top_k=K + 1), "holds 368 bytes, not 460"),
     "k above C": (lambda c: edited(c, top_k=C + 1), "top_k 51 of 50 classes"),
     "k of another type": (lambda c: edited(c, top_k=True), "top_k must be from 1 to 4096"),
-    "huge": (lambda c: edited(c, images=1 << 39), "holds 368 bytes, not"),
+    "huge": (
+        lambda c: edited(c, images=1 << 39, plan={**make_header().plan, "images": 1 << 39}),
+        "holds 368 bytes, not 8796093022208",
+    ),
     "larger": (lambda c: edited(c, images=1 << 41), "images must be from 1 to"),
     "id dtype": (lambda c: edited(c, id_dtype="int32"), "id_dtype must be uint16"),
     "no teachers": (lambda c: edited(c, teachers=[]), "it names no teacher"),
     "teachers": (lambda c: edited(c, teachers=[3]), "is damaged"),
     "plan": (lambda c: edited(c, plan=[]), "plan and made_with must be objects"),
     "seed": (lambda c: edited(c, plan={"seed": -1}), "seed must be from 0"),
+    "size": (lambda c: edited(c, plan={**make_header().plan, "size": "32"}), "size must be from 1"),
+    "plan's images": (lambda c: edited(c, plan={**make_header().plan, "images": 1}), "plan's images"),
+    "scale": (lambda c: edited(c, plan={**make_header().plan, "scale": [1]}), "scale must hold 2"),
+    "flip": (lambda c: edited(c, plan={**make_header().plan, "flip": None}), "flip must hold 1"),
+    "made with": (lambda c: edited(c, made_with={"batch_size": 8}), "rows_per_part is missing"),
     "record": (lambda c: edited(c, complete=[{"view": 0}]), "is damaged"),
     "record out of order": (lambda c: edited(c, views=2), "numbers of the complete views"),
     "no JSON": (lambda c: (c / "header.json").write_bytes(b"\x80\x02}q\x00."), "no JSON"),
