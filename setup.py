@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 setup(
     name="mealfast",
     version="0.1.0",
-    description="Distil ensembles of pretrained image classifiers into small ones (MEAL V2), as fast as the hardware allows",
+    description="Distil ensembles of pretrained image classifiers into small ones (MEAL V2), fast",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -247,6 +247,10 @@ class Run:
             return 0
         if resume == "auto":
             found = checkpoint.newest(self.directory.checkpoints)
+            if found is None and checkpoint.candidates(self.directory.checkpoints):
+                raise UsageError(
+                    f"{self.directory.checkpoints}: every checkpoint is damaged; start anew in another --run-dir"
+                )
             if found is None:
                 return 0
             path, state = found

@@ -14,8 +14,9 @@ except ImportError as error:
 
 DESCRIPTION = """\
 Distil an ensemble of pretrained teachers into a student (MEAL V2), from a folder of JPEGs. One process drives one GPU:
-`torchrun --nproc-per-node 8 mealfast/train.py ...` for eight. A model spec is NAME[.TAG][?key=value&...][@CHECKPOINT],
-for instance senet154.gluon_in1k or resnet18?num_classes=10@runs/mine/student.safetensors."""
+`torchrun --standalone --nproc-per-node 8 mealfast/train.py ...` for eight. A model spec is
+NAME[.TAG][?key=value&...][@CHECKPOINT], for instance senet154.gluon_in1k or
+resnet18?num_classes=10@runs/mine/student.safetensors."""
 
 
 def make_parser(prog: str = "mealfast train") -> Parser:

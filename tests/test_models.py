@@ -325,7 +325,9 @@ def test_random_weights_are_known_as_such():
 def test_saved_weights_load_with_plain_timm(tmp_path):
     model = models.build("test_efficientnet?num_classes=3").eval()
     model.model.to(memory_format=torch.channels_last)
-    weights.save(model.model, tmp_path / "s.safetensors", {"architecture": "test_efficientnet"})
+    weights.save(model.model, tmp_path / "s.safetensors")
+    weights.save(model.model, tmp_path / "again.safetensors")
+    assert (tmp_path / "s.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     plain = timm.create_model(
         "test_efficientnet", num_classes=3, checkpoint_path=str(tmp_path / "s.safetensors")
     ).eval()
