@@ -6,6 +6,7 @@ Shape legend: B images of this process, H and W pixels.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -19,6 +20,28 @@ from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What one process learns from in a step: see `Objective.forward`."""
+
+    images: torch.Tensor  # uint8 [B, H, W, 3]
+    labels: torch.Tensor  # int64 [B]
+    partner_labels: torch.Tensor | None = None  # int64 [B], under CutMix
+    cached: tuple[torch.Tensor, ...] = ()  # ids and probabilities [B, k], under CutMix the partners' too
+    kept: float = 1.0  # share of the area that is each image's own
+
+    def part(self, number: int, parts: int) -> Inputs:
+        """The `number`-th of `parts` equal parts of the batch."""
+        if parts == 1:
+            return self
+
+        def cut(rows: torch.Tensor | None) -> torch.Tensor | None:
+            return None if rows is None else rows.chunk(parts)[number]
+
+        cached = tuple(cut(rows) for rows in self.cached)
+        return Inputs(cut(self.images), cut(self.labels), cut(self.partner_labels), cached, self.kept)
+
+
 class TrainStep:
     """Trains on one batch, and keeps the sums that logging reads. No host sync."""
 
@@ -26,6 +49,8 @@ class TrainStep:
         self.recipe, self.runtime, self.parts = recipe, runtime, parts
         self.steps_per_epoch = steps_per_epoch
         self.parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
+        # Of the student in training mode: not of the preprocessing around it, which nothing writes to.
+        self.buffers = [buffer for buffer in parts.student.model.buffers() if buffer.is_floating_point()]
         # Sums of TERMS over the steps since the last log, then how many steps, skipped ones apart; and how many were
         # skipped in all.
         self.meter = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=runtime.device)
@@ -34,39 +59,52 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int) -> None:
         parts, accumulate = self.parts, self.recipe.accumulate
         self._set_lr(step)
-        images, labels, cached, kept = self._inputs(batch, step)
+        inputs = self._mix(Inputs(batch.images, batch.labels, cached=batch.targets or ()), step)
+        statistics = self._statistics()
         parts.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.meter[:-1])
         for number in range(accumulate):
-            part, *rest = (rows.chunk(accumulate)[number] for rows in (images, *labels, *cached))
-            part_labels, part_cached = rest[: len(labels)], rest[len(labels) :]
+            part = inputs.part(number, accumulate)
             reduce_gradients = number == accumulate - 1 or self.runtime.world_size == 1
             with nullcontext() if reduce_gradients else parts.wrapped.no_sync():
-                teacher_logits = parts.teachers(part) if parts.teachers else []
-                partner_labels = part_labels[1] if len(part_labels) > 1 else None
-                loss, terms = parts.wrapped(part, teacher_logits, kept, part_labels[0], partner_labels, part_cached)
+                teacher_logits = parts.teachers(part.images) if parts.teachers else []
+                loss, terms = parts.wrapped(
+                    part.images, teacher_logits, part.kept, part.labels, part.partner_labels, part.cached
+                )
                 parts.scaler.scale(loss / accumulate).backward()
             sums += terms / accumulate
         bad = self._update()
+        self._restore_statistics(statistics, bad)
         self.skipped += bad
         self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
 
-    def _inputs(self, batch: Batch, step: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], float]:
-        """Images, labels, cached targets (if any); under CutMix mixed images, and labels and targets of both; and the
-        area kept from each image itself."""
-        labels, cached = [batch.labels], list(batch.targets or ())
+    def _mix(self, inputs: Inputs, step: int) -> Inputs:
+        """Under CutMix images with a box of their partner's, and the partner's labels and cached targets too."""
         if not self.recipe.cutmix:
-            return batch.images, labels, cached, 1.0
-        _, height, width, _ = batch.images.shape
+            return inputs
+        _, height, width, _ = inputs.images.shape
         box = cutmix.draw_box(self.recipe.seed, step, self.runtime.rank, height, width)
-        for rows in (labels, cached):
-            rows += [cutmix.partner(own) for own in rows]
-        return cutmix.mix(batch.images, box), labels, cached, box.kept
+        return Inputs(
+            cutmix.mix(inputs.images, box),
+            inputs.labels,
+            cutmix.partner(inputs.labels),
+            (*inputs.cached, *map(cutmix.partner, inputs.cached)),
+            box.kept,
+        )
 
     def _set_lr(self, step: int) -> None:
         factor = lr_factor(step // self.steps_per_epoch, self.recipe.lr_decay_epochs, self.recipe.lr_decay)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def _statistics(self) -> torch.Tensor | None:
+        """A copy of BatchNorm's running statistics: a step that is skipped must not leave its infinities in them."""
+        return torch.cat([buffer.flatten() for buffer in self.buffers]) if self.buffers else None
+
+    def _restore_statistics(self, before: torch.Tensor | None, bad: torch.Tensor) -> None:
+        if before is not None:
+            after = torch.where(bad, before, self._statistics()).split([buffer.numel() for buffer in self.buffers])
+            torch._foreach_copy_(self.buffers, [part.view_as(b) for part, b in zip(after, self.buffers, strict=True)])
 
     def _update(self) -> torch.Tensor:
         """Updates the weights, unless a gradient is not finite: decided on the device, so that nothing waits.

@@ -179,6 +179,23 @@ def test_a_batch_with_nan_changes_no_bit(options, first, value):
     assert not torch.equal(after[0], before[0]), "the run must go on"
 
 
+def test_a_forward_pass_that_overflows_leaves_no_trace_in_batchnorm(options):
+    """Running statistics are written in the forward pass, before anyone knows that the step will be skipped."""
+    run = make_run(options)
+    run.train_step(batch_of(run, 1), 0)
+    model = run.parts.student.model
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    assert len(before) > 4
+    hook = model.conv_stem.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    run.train_step(batch_of(run, 2), 1)
+    hook.remove()
+    assert int(run.train_step.skipped) == 1
+    for name, then in before.items():
+        assert torch.equal(model.get_buffer(name), then), name
+    run.train_step(batch_of(run, 3), 2)
+    assert any(not torch.equal(model.get_buffer(name), then) for name, then in before.items()), "a good step moves them"
+
+
 def test_a_skipped_step_is_counted_and_leaves_the_log_finite(options):
     options |= {"max_steps": 4, "eval_every": 0, "eval_start": False, "log_every": 2}
     run = make_run(options)
