@@ -14,9 +14,9 @@ _OTHERS_WAIT = 5.0  # seconds that other processes leave the main one to say wha
 
 def run_command(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Runs a command; 0 where it succeeded, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
-    # Idle OpenMP threads must not spin while the loader's threads decode: on a busy CPU that costs a factor of up to 8.
-    # Read when torch is first imported, which the commands do later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long idle OpenMP threads spin: long enough for the next small operation, too short to take the cores from
+    # decoding threads and neighbours (the default costs a factor of up to 8 on a busy CPU). Read at torch's import.
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     return _run(command, argv)
 
 

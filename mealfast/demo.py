@@ -15,7 +15,7 @@ from typing import Any
 from mealfast.demo_data import FEW_LABELS, TRAIN_IMAGES, write_digits
 from mealfast.errors import UsageError
 from mealfast.options import Parser
-from mealfast.recipe import make_recipe
+from mealfast.recipe import RECIPES, make_recipe
 
 STUDENT = "test_efficientnet?num_classes=10"
 TEACHERS = ("resnet10t?num_classes=10", "test_resnet?num_classes=10")
@@ -74,7 +74,11 @@ def demo_command(argv: list[str]) -> int:
 
 
 def _run_all(folder: Path, options: Any) -> dict[str, dict[str, Any]]:
+    import torch
+
     from mealfast.engine import train
+
+    torch.set_num_threads(1)  # at 32 pixels a second thread costs more than it brings
 
     def run(name: str, data: str, number: int, **changes: Any) -> dict[str, Any]:
         print(f"\n[{number}/{len(_RUNS)}] {name}", flush=True)
@@ -89,13 +93,15 @@ def _run_all(folder: Path, options: Any) -> dict[str, dict[str, Any]]:
 
     labels = {"hard_label_weight": 1.0}
     # The controls take as many steps as the distillation; an epoch of few labels has fewer.
-    few = {"epochs": 20 * _RATIO, "lr_decay_epochs": (15 * _RATIO,), "eval_every": 2 * _RATIO, **labels}
+    whole = RECIPES["demo"]
+    few = {name: whole[name] * _RATIO for name in ("epochs", "eval_every")}
+    few |= {"lr_decay_epochs": tuple(epoch * _RATIO for epoch in whole["lr_decay_epochs"]), **labels}
     start = f"{STUDENT}@{folder / 'start' / 'student.safetensors'}"
     teachers = [f"{spec}@{folder / name / 'student.safetensors'}" for spec, name in zip(TEACHERS, _RUNS, strict=False)]
     return {
-        "teacher-1": run("teacher-1", "all", 1, student=TEACHERS[0], epochs=10, lr_decay_epochs=(7,), **labels),
+        "teacher-1": run("teacher-1", "all", 1, student=TEACHERS[0], epochs=7, lr_decay_epochs=(5,), **labels),
         "teacher-2": run("teacher-2", "all", 2, student=TEACHERS[1], **labels),
-        "start": run("start", "few", 3, student=STUDENT, **{**few, "epochs": 60, "lr_decay_epochs": (45,)}),
+        "start": run("start", "few", 3, student=STUDENT, **{**few, "epochs": 40, "lr_decay_epochs": (30,)}),
         "distilled": run("distilled", "unlabelled", 4, student=start, teachers=tuple(teachers)),
         "same-labels-longer": run("same-labels-longer", "few", 5, student=start, **few),
         "all-labels": run("all-labels", "all", 6, student=start, **labels),

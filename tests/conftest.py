@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 # Read when torch is first imported: idle OpenMP threads must not spin while others decode.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download is a test that is wrong
 
 from pathlib import Path

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # read when torch is first imported
 
 import torch
 
