@@ -35,6 +35,15 @@ def write_tree(root: Path, counts: dict[str, int], seed: int) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory):
+    """Programs that tests start would otherwise find the checkout's folder `mealfast` before the installed package."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
     """train/ with 8 + 9 + 8 = 25 images and val/ with 11, three classes; 25 and 11 divide by nothing that is used."""

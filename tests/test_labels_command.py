@@ -104,8 +104,8 @@ def test_two_processes_and_a_kill(argv, built, tmp_path):
     folder = tmp_path / "cache"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [
-        sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
-        sys.executable, "-P", "-m", *("mealfast", *argv, str(folder)),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+        sys.executable, "-m", *("mealfast", *argv, str(folder)),
     ]  # fmt: skip
     first = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
