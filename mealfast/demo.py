@@ -51,9 +51,16 @@ def demo_command(argv: list[str]) -> int:
     _make_room(folder)
     write_digits(folder / "data", options.seed)
 
+    import torch
+
     from mealfast.figures import draw_curves, read_evaluations
 
-    summaries = _run_all(folder, options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at 32 pixels a second thread costs more than it brings
+    try:
+        summaries = _run_all(folder, options)
+    finally:
+        torch.set_num_threads(threads)
     distilled = summaries["distilled"]
     result = {
         "teachers": [score["top1"] for score in distilled["teachers"]],
@@ -74,11 +81,7 @@ def demo_command(argv: list[str]) -> int:
 
 
 def _run_all(folder: Path, options: Any) -> dict[str, dict[str, Any]]:
-    import torch
-
     from mealfast.engine import train
-
-    torch.set_num_threads(1)  # at 32 pixels a second thread costs more than it brings
 
     def run(name: str, data: str, number: int, **changes: Any) -> dict[str, Any]:
         print(f"\n[{number}/{len(_RUNS)}] {name}", flush=True)

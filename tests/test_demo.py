@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from mealfast.loaders import ImageIndex
 from PIL import Image
 
@@ -64,7 +65,9 @@ def test_the_pipeline_over_a_few_steps(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(demo, "make_recipe", short)
     monkeypatch.setattr(demo, "write_digits", small_digits)
+    threads = torch.get_num_threads()
     assert run_command(dispatch, ["demo", "--run-dir", str(tmp_path / "demo"), "--device", "cpu", "--json"]) == 0
+    assert torch.get_num_threads() == threads
     out = capfd.readouterr().out.splitlines()
     found = json.loads(out[-1])
     assert set(found) == {

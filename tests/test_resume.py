@@ -197,7 +197,10 @@ def test_sigterm_ends_a_run_well_and_it_resumes(everything, tmp_path):
         else:
             argv += [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
     log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen([sys.executable, "-m", "mealfast", "train", *argv], stdout=log, stderr=log)
+    # Sums over another number of threads round differently.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "mealfast", "train", *argv]
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and '"train"' in metrics.read_text()):
