@@ -14,7 +14,8 @@ from .create import eval_loader, label_loader, train_loader
 from .index import ImageIndex
 from .label_cache import LabelCache
 from .label_header import CacheHeader, forecast_bytes, plan_fields
-from .label_writer import LabelWriter, claim_label_cache
+from .label_spool import LabelSpool, gather_spools
+from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
 from .replay import ReplayLoader
 from .views import EvalViews, ViewPlan
@@ -26,6 +27,7 @@ __all__ = [
     "EvalViews",
     "ImageIndex",
     "LabelCache",
+    "LabelSpool",
     "LabelWriter",
     "Loader",
     "ReplayLoader",
@@ -33,6 +35,8 @@ __all__ = [
     "claim_label_cache",
     "eval_loader",
     "forecast_bytes",
+    "gather_spools",
+    "holds_label_cache",
     "label_loader",
     "pack",
     "plan_fields",

@@ -30,13 +30,23 @@ class LabelCache:
         for view in self._records:
             self._check_size(view)
 
+    def refresh(self) -> None:
+        """Takes up the views that have become complete since."""
+        self.header = read_header(self.folder)
+        self._records = {record.view: record for record in self.header.complete}
+
+    def has(self, view: int) -> bool:
+        """Whether a view is complete."""
+        return view in self._records
+
     def require_complete(self) -> None:
         """Raises DataError where views are missing."""
         have, views = len(self._records), self.header.views
         if have < views:
             raise DataError(
                 f"label cache {self.folder}: {have} of its {views} views are complete; run the same `mealfast labels "
-                f"build` again{f', or with --views {have} to make do with these' if have else ''}"
+                f"build` again{f', or with --views {have} to make do with these' if have else ''}; or train with the "
+                "--teachers that it is of, which adds the missing ones"
             )
 
     def view(self, view: int) -> np.ndarray:

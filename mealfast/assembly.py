@@ -49,7 +49,8 @@ class Parts:
     wrapped: nn.Module
     teachers: FrozenEnsemble | None
     teacher_digests: list[str]
-    label_cache: LabelCache | None
+    live_teachers: tuple[str, ...]  # specs of those that run
+    label_cache: LabelCache | None  # that stands in for the teachers throughout
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool
@@ -59,18 +60,22 @@ class Parts:
         return self.trainee.student
 
 
-def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
-    """Builds everything. Raises UsageError for wrong specs, weights, sizes and combinations."""
-    label_cache = open_label_cache(recipe)
+def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) -> Parts:
+    """Builds everything; the teachers too where the run writes a label cache.
+
+    Raises UsageError for wrong specs, weights, sizes and combinations.
+    """
+    label_cache = None if writes_cache else open_label_cache(recipe)
+    live_teachers = recipe.teachers if writes_cache else recipe.live_teachers
     torch.manual_seed(
         recipe.seed
     )  # random weights; the student comes first, so that they do not depend on the teachers
     student = models.build(recipe.student, recipe.size)
-    teachers = [models.build(spec, recipe.size) for spec in recipe.live_teachers]
-    models.check_classes(recipe.live_teachers, teachers, recipe.student, student.num_classes)
+    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    models.check_classes(live_teachers, teachers, recipe.student, student.num_classes)
     digests = [models.digest(teacher) for teacher in teachers]
-    models.check_distinct(recipe.live_teachers, digests)
-    for model, spec in zip((student, *teachers), (recipe.student, *recipe.live_teachers), strict=True):
+    models.check_distinct(live_teachers, digests)
+    for model, spec in zip((student, *teachers), (recipe.student, *live_teachers), strict=True):
         models.probe(model, spec, recipe.size)
 
     mode = recipe.discriminator_mode
@@ -86,7 +91,7 @@ def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    return Parts(trainee, wrapped, ensemble, digests, label_cache, optimizer, scaler, compile)
+    return Parts(trainee, wrapped, ensemble, digests, live_teachers, label_cache, optimizer, scaler, compile)
 
 
 def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:

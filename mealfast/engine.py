@@ -27,6 +27,7 @@ from mealfast.stop_signal import StopSignal
 from mealfast.telemetry import Telemetry
 from mealfast.train_step import TrainStep
 from mealfast.validation import Validation
+from mealfast.write_through import WriteThrough, write_plan
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -57,7 +58,8 @@ class Run:
             found = splits.scan_splits(
                 recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
             )
-        self.parts = assemble(recipe, runtime)
+        self.writing = write_plan(recipe, runtime)
+        self.parts = assemble(recipe, runtime, writes_cache=self.writing is not None)
         self.data = splits.number_classes(
             found,
             self.parts.student.num_classes,
@@ -83,8 +85,9 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
+        writer = self._claim_label_cache()
         if runtime.is_main:
-            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
+            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data, self.writing))
         self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
         self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
@@ -92,10 +95,13 @@ class Run:
         try:
             for line in run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch):
                 self.progress.say(line)
+            if writer:
+                self.progress.say(writer.introduction())
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
+            self._finish_views()  # that a process which was killed had left unfinished
             if self.step < self.last_step:
                 loader = train_loader(
                     recipe.loader,
@@ -108,13 +114,19 @@ class Run:
                     world_size=runtime.world_size,
                     device=runtime.device,
                     threads=recipe.loader_threads,
-                    label_cache=self.parts.label_cache,
+                    label_cache=writer.cache if writer else self.parts.label_cache,
+                    live_epochs=self.writing.live_epochs if self.writing else range(0),
                 )
                 self._loop(iter(loader))
+            if writer:
+                writer.flush()
+            self.train_step.writer = None
             return self._finish(loader)
         finally:
             if loader is not None:
                 loader.close()
+            if writer:
+                writer.close()
             self.stop_signal.restore()
             self.progress.close()
             if self.telemetry:
@@ -135,21 +147,37 @@ class Run:
                 self._evaluate()
             if evaluating or stopping or self.step % self.recipe.checkpoint_every == 0:
                 self._save()
+            if self.step % self.steps_per_epoch == 0:
+                self._finish_views()
 
     # -- what the loop reads and writes ------------------------------------------------------------------------------
 
+    def _claim_label_cache(self) -> WriteThrough | None:
+        """The label cache that this run writes, if it writes one."""
+        if self.writing is not None:
+            self.train_step.writer = WriteThrough(
+                self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing
+            )
+        return self.train_step.writer
+
+    def _finish_views(self) -> None:
+        """Completes the views of the label cache whose epochs are over."""
+        if self.train_step.writer:
+            for line in self.train_step.writer.finish(self.step // self.steps_per_epoch):
+                self.progress.say(line)
+
     def _plan(self) -> ViewPlan:
-        recipe, index, cache = self.recipe, self.data.train, self.parts.label_cache
+        recipe, index, cache, writing = self.recipe, self.data.train, self.parts.label_cache, self.writing
         return ViewPlan(
             index.widths,
             index.heights,
-            seed=recipe.seed if cache is None else cache.header.plan["seed"],
+            seed=cache.header.plan["seed"] if cache else writing.seed if writing else recipe.seed,
             size=recipe.size,
             scale=recipe.crop_scale,
             ratio=recipe.crop_ratio,
             flip=recipe.flip,
             interpolation=recipe.interpolation,
-            cycle=None if cache is None else cache.header.views,
+            cycle=cache.header.views if cache else writing.views if writing else None,
         )
 
     def _log_if_due(self, began: float, waited: float) -> None:
@@ -198,7 +226,7 @@ class Run:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        result = self.validate(self._show_pictures if self.telemetry and self.recipe.live_teachers else None)
+        result = self.validate(self._show_pictures if self.telemetry and self.parts.live_teachers else None)
         score = result.models[0].to_json()
         line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **score, "kl": result.kl}
         self.scores["latest"] = line
@@ -206,7 +234,7 @@ class Run:
             self.scores["start"] = line
         self.scores["teachers"] = [
             {"model": spec, **score.to_json()}
-            for spec, score in zip(self.recipe.live_teachers, result.models[1:], strict=True)
+            for spec, score in zip(self.parts.live_teachers, result.models[1:], strict=True)
         ]
         self.scores["ensemble"] = result.ensemble.to_json() if result.ensemble else None
         if self.telemetry:
@@ -228,12 +256,14 @@ class Run:
         is_best = bool(scheduled) and (best is None or self.scores["latest"]["top1"] > best["top1"])
         if is_best:
             self.scores["best"] = self.scores["latest"]
+        if self.train_step.writer:
+            self.train_step.writer.flush()
         state = run_state.capture(self.runtime, self.parts, self.train_step)
         if not self.runtime.is_main:
             return
         state |= {
             "recipe": self.recipe.to_json(),
-            "identity": run_report.identity(self.recipe, self.parts, self.data),
+            "identity": run_report.identity(self.parts, self.data, self.writing),
             "scores": self.scores,
         }
         path = checkpoint.save(self.directory.checkpoints, self.step, state, self.recipe.keep)
@@ -261,7 +291,7 @@ class Run:
         stored = state.get("identity", {})
         options = {"images": "--data", "targets": "--label-cache", "teachers": "--teachers"}
         for what, option in options.items():
-            if stored.get(what) != run_report.identity(self.recipe, self.parts, self.data)[what]:
+            if stored.get(what) != run_report.identity(self.parts, self.data, self.writing)[what]:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
         self.scores = state["scores"]

@@ -69,8 +69,18 @@ class Recipe:
     label_cache: str = option(
         "",
         "method",
-        "folder of `mealfast labels build`: its targets and views stand in for the teachers, none of which runs",
+        "folder whose targets and views stand in for the teachers, none of which runs; with --teachers a cache that "
+        "is not there, or not complete, is written in the first epochs and read from then on",
         metavar="CACHE",
+    )
+    label_cache_views: int | None = option(
+        None,
+        "method",
+        "views that a run with teachers writes into a new --label-cache; none: as many as --epochs",
+        metavar="V",
+    )
+    label_cache_top_k: int | None = option(
+        None, "method", "probabilities that it keeps of each target; none: 10", metavar="K"
     )
     hard_label_weight: float = option(
         0.0, "method", "weight w of cross-entropy with the labels: (1 - w) soft + w hard; 1 without teachers"
@@ -130,7 +140,7 @@ class Recipe:
         positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
         for name in positive:
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
-        for name in ("loader_threads", "max_steps"):
+        for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
             value = getattr(self, name)
             self._refuse(value is not None and value < 1, name, "must be 1 or more")
         for name in ("eval_every", "seed"):
@@ -164,6 +174,10 @@ class Recipe:
             raise UsageError(
                 "--hard-label-weight 1 trains on labels alone: leave --teachers empty, or lower the weight"
             )
+        for name, largest in (("label_cache_views", 1_000_000), ("label_cache_top_k", 4096)):
+            value = getattr(self, name)
+            self._refuse(value is not None and not self.label_cache, name, "needs --label-cache, the folder to write")
+            self._refuse(value is not None and value > largest, name, f"must be at most {largest:,}")
         if self.label_cache and self.hard_label_weight == 1:
             raise UsageError(
                 "--hard-label-weight 1 trains on labels alone: leave --label-cache out, or lower the weight"
@@ -192,7 +206,7 @@ class Recipe:
 
     @property
     def live_teachers(self) -> tuple[str, ...]:
-        """The teachers that run: none where a label cache holds what they said."""
+        """The teachers that run: none where a label cache holds what they said (all where it is yet to be written)."""
         return () if self.label_cache else self.teachers
 
     @property

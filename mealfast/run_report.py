@@ -12,21 +12,24 @@ from mealfast.loaders import LabelCache
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.splits import Splits
+from mealfast.write_through import WritePlan
 
 
-def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
+def identity(parts: Parts, data: Splits, writing: WritePlan | None) -> dict[str, Any]:
     """What a checkpoint must agree with beside the recipe: the same images, the same teachers or cached targets."""
     cache = parts.label_cache
     return {
         "images": {"train": data.train.digest, "val": data.val.digest},
-        "targets": None if cache is None else cache.header.digest,
-        "teachers": dict(zip(recipe.live_teachers, parts.teacher_digests, strict=True)),
+        "targets": writing.to_json() if writing else None if cache is None else cache.header.digest,
+        "teachers": dict(zip(parts.live_teachers, parts.teacher_digests, strict=True)),
     }
 
 
-def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict[str, Any]:
+def config(
+    recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, writing: WritePlan | None = None
+) -> dict[str, Any]:
     """The content of config.json: the full recipe, versions, hardware, digests of images and teachers."""
-    same = identity(recipe, parts, data)
+    same = identity(parts, data, writing)
     return {
         "mealfast": mealfast.__version__,
         "recipe": recipe.to_json(),
@@ -39,6 +42,7 @@ def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict
         "image_digests": same["images"],
         "teacher_digests": same["teachers"],
         "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
+        "write_through": writing.to_json() if writing else None,
     }
 
 
@@ -46,7 +50,7 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
     """The log's first lines: notes first, then what is trained on what."""
     lines = [
         f"note: {spec} has random weights (no tag and no checkpoint)"
-        for spec in (recipe.student, *recipe.live_teachers)
+        for spec in (recipe.student, *parts.live_teachers)
         if models.is_random(spec)
     ]
     lines += [
@@ -54,12 +58,13 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
         for index in (data.train, data.val)
         if index.quarantined
     ]
-    teachers = " + ".join(recipe.live_teachers) or "none (labels alone)"
+    teachers = " + ".join(parts.live_teachers) or "none (labels alone)"
     discriminator = recipe.discriminator_mode
     if parts.label_cache is not None:
         lines += _cache_notes(recipe, parts.label_cache)
         teachers = f"none runs (label cache {recipe.label_cache})"
-        discriminator += "" if discriminator == "off" else " (on log-probabilities: a cache holds no logits)"
+    if recipe.label_cache and discriminator != "off":
+        discriminator += " (on log-probabilities: a cache holds no logits)"
     return [
         *lines,
         f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",

@@ -105,7 +105,29 @@ def build(
         ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation, cycle=views,
     )  # fmt: skip
     batch_size = min(batch_size, len(index))
-    header = CacheHeader(
+    header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
+    with ExitStack() as stack:
+        if runtime.is_main:
+            todo = stack.enter_context(claim_label_cache(out, header))
+            _say_forecast(header, todo)
+        runtime.barrier()
+        writer = LabelWriter(out, runtime.rank)
+        stack.callback(writer.close)
+        runtime.barrier()  # all have read what there is before any adds to it
+        _Labelling(recipe, runtime, index, plan, teachers, writer, batch_size).run()
+        runtime.barrier()
+        if not runtime.is_main:
+            return None
+        writer.finish()
+        return writer.header
+
+
+def cache_header(
+    recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, teachers: LabelTeachers, views: int,
+    top_k: int, batch_size: int,
+) -> CacheHeader:  # fmt: skip
+    """What a cache of `views` views says of itself; `batch_size` is what the teachers see at once."""
+    return CacheHeader(
         images=len(index),
         images_digest=index.images_digest,
         plan=plan_fields(plan),
@@ -125,20 +147,6 @@ def build(
             "timm": timm.__version__,
         },
     )
-    with ExitStack() as stack:
-        if runtime.is_main:
-            todo = stack.enter_context(claim_label_cache(out, header))
-            _say_forecast(header, todo)
-        runtime.barrier()
-        writer = LabelWriter(out, runtime.rank)
-        stack.callback(writer.close)
-        runtime.barrier()  # all have read what there is before any adds to it
-        _Labelling(recipe, runtime, index, plan, teachers, writer, batch_size).run()
-        runtime.barrier()
-        if not runtime.is_main:
-            return None
-        writer.finish()
-        return writer.header
 
 
 def _say_forecast(header: CacheHeader, todo: int) -> None:

@@ -18,6 +18,7 @@ from mealfast.lr_schedule import lr_factor
 from mealfast.objective import TERMS
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
+from mealfast.write_through import WriteThrough
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TrainStep:
     def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, steps_per_epoch: int) -> None:
         self.recipe, self.runtime, self.parts = recipe, runtime, parts
         self.steps_per_epoch = steps_per_epoch
+        self.writer: WriteThrough | None = None  # of a run that writes a label cache
         self.parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
         # Of the student in training mode: not of the preprocessing around it, which nothing writes to.
         self.buffers = [buffer for buffer in parts.student.model.buffers() if buffer.is_floating_point()]
@@ -59,7 +61,9 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int) -> None:
         parts, accumulate = self.parts, self.recipe.accumulate
         self._set_lr(step)
-        inputs = self._mix(Inputs(batch.images, batch.labels, cached=batch.targets or ()), step)
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []  # targets for a label cache, [B / accumulate, k] each
+        cached = batch.targets or self._targets_before_mixing(batch.images, made)
+        inputs = self._mix(Inputs(batch.images, batch.labels, cached=cached), step)
         statistics = self._statistics()
         parts.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.meter[:-1])
@@ -67,16 +71,34 @@ class TrainStep:
             part = inputs.part(number, accumulate)
             reduce_gradients = number == accumulate - 1 or self.runtime.world_size == 1
             with nullcontext() if reduce_gradients else parts.wrapped.no_sync():
-                teacher_logits = parts.teachers(part.images) if parts.teachers else []
+                teacher_logits = parts.teachers(part.images) if parts.teachers and not part.cached else []
+                cached = part.cached
+                if self.writer and teacher_logits:
+                    cached = self.writer.top_k(teacher_logits)
+                    made.append(cached)
                 loss, terms = parts.wrapped(
-                    part.images, teacher_logits, part.kept, part.labels, part.partner_labels, part.cached
+                    part.images, teacher_logits, part.kept, part.labels, part.partner_labels, cached
                 )
                 parts.scaler.scale(loss / accumulate).backward()
             sums += terms / accumulate
+        if self.writer and made:
+            self.writer.add(step // self.steps_per_epoch, batch.indices, made)
         bad = self._update()
         self._restore_statistics(statistics, bad)
         self.skipped += bad
         self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
+
+    def _targets_before_mixing(
+        self, images: torch.Tensor, made: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Under CutMix a run that writes a label cache learns from what it writes: the targets of the images as they
+        are, mixed by area as a run from the cache mixes them. Otherwise nothing: the teachers see the student's images.
+        """
+        if self.writer is None or not self.recipe.cutmix:
+            return ()
+        for part in images.chunk(self.recipe.accumulate):
+            made.append(self.writer.top_k(self.parts.teachers(part)))
+        return tuple(torch.cat(one) for one in zip(*made, strict=True))
 
     def _mix(self, inputs: Inputs, step: int) -> Inputs:
         """Under CutMix images with a box of their partner's, and the partner's labels and cached targets too."""

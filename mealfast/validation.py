@@ -33,7 +33,7 @@ class Validation:
         recipe, runtime, student = self.recipe, self.runtime, self.parts.student
         run_state.share_buffers(student, runtime)
         batch_size = recipe.batch_size // runtime.world_size
-        teachers = range(1, 1 + len(recipe.live_teachers))
+        teachers = range(1, 1 + len(self.parts.live_teachers))
         loader = eval_loader(
             recipe.loader,
             self.data.val,

@@ -117,6 +117,7 @@ TYPED = {
     "eval_crop_pct": ("0.95", 0.95), "eval_interpolation": ("bicubic", "bicubic"), "loader": ("pillow", "pillow"),
     "loader_threads": ("3", 3), "discriminator": ("adversarial", "adversarial"), "discriminator_lr": ("1e-4", 1e-4),
     "cutmix": (None, True), "label_cache": ("a/cache", "a/cache"), "hard_label_weight": ("0.5", 0.5),
+    "label_cache_views": ("7", 7), "label_cache_top_k": ("4", 4),
     "epochs": ("7", 7), "batch_size": ("64", 64),
     "accumulate": ("2", 2), "lr": ("0.1", 0.1), "lr_decay_epochs": ("3 5", (3, 5)), "lr_decay": ("0.5", 0.5),
     "momentum": ("0.8", 0.8), "weight_decay": ("1e-5", 1e-5), "optimizer": ("apex-fused-sgd", "apex-fused-sgd"),
