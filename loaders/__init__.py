@@ -11,9 +11,10 @@ decodes it.
 
 from .batch import Batch, DataError, Loader
 from .create import eval_loader, label_loader, train_loader
+from .explicit_views import ExplicitViews
 from .index import ImageIndex
 from .label_cache import LabelCache
-from .label_header import CacheHeader, forecast_bytes, plan_fields
+from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields
 from .label_spool import LabelSpool, gather_spools
 from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
@@ -21,10 +22,12 @@ from .replay import ReplayLoader
 from .views import EvalViews, ViewPlan
 
 __all__ = [
+    "EXPLICIT",
     "Batch",
     "CacheHeader",
     "DataError",
     "EvalViews",
+    "ExplicitViews",
     "ImageIndex",
     "LabelCache",
     "LabelSpool",

@@ -82,14 +82,25 @@ class LabelWriter:
         """First row of a part and the row after its last."""
         return _rows(self.header, part)
 
-    def write(self, view: int, part: int, ids: np.ndarray, probabilities: np.ndarray) -> None:
+    def write(
+        self,
+        view: int,
+        part: int,
+        ids: np.ndarray,
+        probabilities: np.ndarray,
+        boxes: np.ndarray | None = None,
+        flips: np.ndarray | None = None,
+    ) -> None:
         """Puts a part on disk: ids integer [B, k], probabilities float [B, k], for the rows of the part in order.
 
-        Raises DataError: a target that is not finite, a full disk.
+        An explicit cache takes boxes integer [B, 4] and flips bool [B] too. Raises DataError: a target that is not
+        finite, a full disk.
         """
         first, last = self.rows(part)
         rows = np.empty(last - first, self.header.row)
         rows["ids"], rows["probabilities"] = ids, probabilities
+        if self.header.explicit:
+            rows["box"], rows["flip"] = boxes, flips
         if bad := bad_rows(rows, self.header.classes):
             raise DataError(
                 f"--teachers: the target of view {view}, images {first} to {last - 1}, is no distribution ({bad}); "
@@ -182,6 +193,9 @@ def _stored(folder: Path, header: CacheHeader, option: str) -> CacheHeader:
     if not holds_label_cache(folder, option):
         return header
     stored = read_header(folder)
+    if stored.explicit != header.explicit:
+        whose = ("an imported one", "one of `labels build`")[:: 1 if stored.explicit else -1]
+        raise DataError(f"{option} {folder}: holds another kind of label cache, {whose[0]}, not {whose[1]}")
     for what, old, new in differences(stored, header):
         if option != "--out" and what in ("batch_size", "rows_per_part"):
             continue

@@ -17,7 +17,7 @@ from mealfast.clock import Clock
 from mealfast.discriminator import DEAD_LOSS, is_dead
 from mealfast.errors import UsageError
 from mealfast.label_cache_fit import check_fit
-from mealfast.loaders import Batch, ViewPlan, train_loader
+from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
 from mealfast.objective import TERMS
 from mealfast.progress import Progress
 from mealfast.recipe import Recipe
@@ -168,6 +168,11 @@ class Run:
 
     def _plan(self) -> ViewPlan:
         recipe, index, cache, writing = self.recipe, self.data.train, self.parts.label_cache, self.writing
+        if cache and cache.header.explicit:
+            return ExplicitViews(
+                index.widths, index.heights, cache,
+                seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation,
+            )  # fmt: skip
         return ViewPlan(
             index.widths,
             index.heights,

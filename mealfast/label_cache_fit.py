@@ -55,7 +55,7 @@ def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageInd
 
 def _check_teachers(cache: LabelCache, recipe: Recipe) -> None:
     """Teachers that the recipe names must be the cache's: by name and tag, and by weights where they lie in a file."""
-    if not recipe.teachers:
+    if not recipe.teachers or cache.header.explicit:  # whose labels were imported: their teachers are not known
         return
     what, cached = f"--label-cache {recipe.label_cache}", cache.header.teachers
     if len(recipe.teachers) != len(cached):

@@ -77,10 +77,13 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
 def _cache_notes(recipe: Recipe, cache: LabelCache) -> list[str]:
     header = cache.header
     specs = " + ".join(teacher["spec"] for teacher in header.teachers)
+    boxes = "its own crop boxes" if header.explicit else f"views of its seed {header.plan['seed']}"
     lines = [
-        f"label cache: {header.views} views, top {header.top_k} of {header.classes} classes, by {specs}; views of its "
-        f"seed {header.plan['seed']}; the KL to the live ensemble on val/ is not measured"
+        f"label cache: {header.views} views, top {header.top_k} of {header.classes} classes, by {specs}; {boxes}; the "
+        "KL to the live ensemble on val/ is not measured"
     ]
+    if header.explicit:
+        return lines
     made_by = header.made_with.get("loader")
     if made_by != recipe.loader:
         lines.append(

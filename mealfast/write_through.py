@@ -98,7 +98,7 @@ def _for_a_new_run(recipe: Recipe) -> WritePlan | None:
     for option, asked, there in (("views", views, header.views), ("top-k", top_k, header.top_k)):
         if asked not in (None, there):
             raise UsageError(f"{what}: has --label-cache-{option} {there}, not {asked}: leave the option out")
-    if header.is_complete or not recipe.teachers:
+    if header.is_complete or header.explicit or not recipe.teachers:
         return None
     complete = {one.view for one in header.complete}
     first = next(view for view in range(header.views) if view not in complete)

@@ -223,4 +223,4 @@ def test_no_teachers(tree, tmp_path):
 def test_usage(capsys):
     assert dispatch(["labels"]) == 2
     assert dispatch(["labels", "--help"]) == 0
-    assert "labels build|info|verify" in capsys.readouterr().out
+    assert "labels build|import-fkd|info|verify" in capsys.readouterr().out
