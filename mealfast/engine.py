@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mealfast import checkpoint, run_report, run_state, splits, weights
+from mealfast import checkpoint, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.clock import Clock
@@ -76,7 +76,9 @@ class Run:
         self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
+        self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
         self.first_step = self.step = self._resume()
+        self.teacher_reports = self._prepare_teachers()
         self.batch: Batch | None = None
         self.clock = Clock()
         self.dead_lines = 0
@@ -84,7 +86,7 @@ class Run:
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
         if runtime.is_main:
-            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
+            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports))
         self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
         self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
@@ -92,24 +94,14 @@ class Run:
         try:
             for line in run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch):
                 self.progress.say(line)
+            for report in self.teacher_reports:
+                self.progress.say(str(report))
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
             if self.step < self.last_step:
-                loader = train_loader(
-                    recipe.loader,
-                    self.data.train,
-                    self._plan(),
-                    batch_size=recipe.batch_size,
-                    start_step=self.step,
-                    stop_step=self.last_step,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                    device=runtime.device,
-                    threads=recipe.loader_threads,
-                    label_cache=self.parts.label_cache,
-                )
+                loader = self._loader(self.step, self.last_step)
                 self._loop(iter(loader))
             return self._finish(loader)
         finally:
@@ -136,7 +128,39 @@ class Run:
             if evaluating or stopping or self.step % self.recipe.checkpoint_every == 0:
                 self._save()
 
-    # -- what the loop reads and writes ------------------------------------------------------------------------------
+    # -- what the loop needs, reads and writes -------------------------------------------------------------------------
+
+    def _prepare_teachers(self) -> list[teacher_setup.TeacherReport]:
+        """Makes the teachers ready, with the first batch of training images to measure and to check them on."""
+        parts, recipe = self.parts, self.recipe
+        if not parts.loaded_teachers:
+            return []
+        loader = self._loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
+        finally:
+            loader.close()
+        parts.teachers, reports = teacher_setup.prepare(
+            recipe, self.runtime, parts.loaded_teachers, images, compile=parts.compiled, earlier=self.layouts
+        )
+        parts.loaded_teachers = []
+        return reports
+
+    def _loader(self, start_step: int, stop_step: int) -> Any:
+        recipe, runtime = self.recipe, self.runtime
+        return train_loader(
+            recipe.loader,
+            self.data.train,
+            self._plan(),
+            batch_size=recipe.batch_size,
+            start_step=start_step,
+            stop_step=stop_step,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+            label_cache=self.parts.label_cache,
+        )
 
     def _plan(self) -> ViewPlan:
         recipe, index, cache = self.recipe, self.data.train, self.parts.label_cache
@@ -178,9 +202,8 @@ class Run:
             del means["hard_ce"]
         epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
         if self.telemetry:
-            lr = self.parts.optimizer.param_groups[0]["lr"]
-            speed = {"images_per_second": rate, "data_wait_fraction": waiting}
-            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, "lr": lr, **speed})
+            speed = {"lr": self.train_step.lr, "images_per_second": rate, "data_wait_fraction": waiting}
+            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
@@ -235,6 +258,7 @@ class Run:
             "recipe": self.recipe.to_json(),
             "identity": run_report.identity(self.recipe, self.parts, self.data),
             "scores": self.scores,
+            "layouts": teacher_setup.layouts(self.teacher_reports),
         }
         path = checkpoint.save(self.directory.checkpoints, self.step, state, self.recipe.keep)
         if is_best:
@@ -265,6 +289,7 @@ class Run:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
         self.scores = state["scores"]
+        self.layouts = state.get("layouts", {})
         return state["step"]
 
     def _belongs(self, line: dict[str, Any]) -> bool:
