@@ -47,7 +47,8 @@ class Parts:
 
     trainee: Trainee
     wrapped: nn.Module
-    teachers: FrozenEnsemble | None
+    loaded_teachers: list[models.NormalizedModel]  # as loaded, until they are made ready
+    teachers: FrozenEnsemble | None  # ready to be called: teacher_setup.prepare
     teacher_digests: list[str]
     live_teachers: tuple[str, ...]  # specs of those that run
     label_cache: LabelCache | None  # that stands in for the teachers throughout
@@ -67,6 +68,7 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     """
     label_cache = None if writes_cache else open_label_cache(recipe)
     live_teachers = recipe.teachers if writes_cache else recipe.live_teachers
+    _check_cuda_graphs(recipe, runtime, writes_cache)
     torch.manual_seed(
         recipe.seed
     )  # random weights; the student comes first, so that they do not depend on the teachers
@@ -85,13 +87,28 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
         trainee.student.compile()  # in place: the state dict keeps timm's keys
-    ensemble = FrozenEnsemble(teachers, runtime, compile=compile) if teachers else None
     optimizer = make_optimizer(recipe, trainee, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    return Parts(trainee, wrapped, ensemble, digests, live_teachers, label_cache, optimizer, scaler, compile)
+    return Parts(trainee, wrapped, teachers, None, digests, live_teachers, label_cache, optimizer, scaler, compile)
+
+
+def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> None:
+    if recipe.cuda_graphs in (None, "off"):
+        return
+    option = f"--cuda-graphs {recipe.cuda_graphs}"
+    if runtime.device.type != "cuda":
+        raise UsageError(f"{option} needs a GPU: leave it out on the CPU")
+    if recipe.cuda_graphs == "step" and runtime.amp_dtype == torch.float16:
+        raise UsageError(f"{option} cannot scale float16 gradients: use --amp bf16, or --cuda-graphs ensemble")
+    if recipe.cuda_graphs == "step" and writes_cache:
+        raise UsageError(
+            f"{option}: a run that writes its label cache has steps of two kinds; use --cuda-graphs ensemble"
+        )
+    if recipe.cuda_graphs == "step" and recipe.optimizer != "sgd":
+        raise UsageError(f"{option} needs --optimizer sgd, whose learning rate can lie on the GPU")
 
 
 def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:

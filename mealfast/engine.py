@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mealfast import checkpoint, run_report, run_state, splits, weights
+from mealfast import checkpoint, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.clock import Clock
@@ -78,7 +78,9 @@ class Run:
         self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
+        self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
         self.first_step = self.step = self._resume()
+        self.teacher_reports = self._prepare_teachers()
         self.batch: Batch | None = None
         self.clock = Clock()
         self.dead_lines = 0
@@ -87,7 +89,9 @@ class Run:
         recipe, runtime = self.recipe, self.runtime
         writer = self._claim_label_cache()
         if runtime.is_main:
-            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data, self.writing))
+            self.directory.claim(
+                run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports, self.writing)
+            )
         self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
         self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
@@ -97,26 +101,15 @@ class Run:
                 self.progress.say(line)
             if writer:
                 self.progress.say(writer.introduction())
+            for report in self.teacher_reports:
+                self.progress.say(str(report))
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
             self._finish_views()  # that a process which was killed had left unfinished
             if self.step < self.last_step:
-                loader = train_loader(
-                    recipe.loader,
-                    self.data.train,
-                    self._plan(),
-                    batch_size=recipe.batch_size,
-                    start_step=self.step,
-                    stop_step=self.last_step,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                    device=runtime.device,
-                    threads=recipe.loader_threads,
-                    label_cache=writer.cache if writer else self.parts.label_cache,
-                    live_epochs=self.writing.live_epochs if self.writing else range(0),
-                )
+                loader = self._loader(self.step, self.last_step)
                 self._loop(iter(loader))
             if writer:
                 writer.flush()
@@ -150,7 +143,46 @@ class Run:
             if self.step % self.steps_per_epoch == 0:
                 self._finish_views()
 
-    # -- what the loop reads and writes ------------------------------------------------------------------------------
+    # -- what the loop needs, reads and writes -------------------------------------------------------------------------
+
+    def _prepare_teachers(self) -> list[teacher_setup.TeacherReport]:
+        """Makes the teachers ready, with the first batch of training images to measure and to check them on."""
+        parts, recipe = self.parts, self.recipe
+        if not parts.loaded_teachers:
+            return []
+        loader = self._loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
+        finally:
+            loader.close()
+        parts.teachers, reports = teacher_setup.prepare(
+            recipe,
+            self.runtime,
+            parts.loaded_teachers,
+            images,
+            compile=parts.compiled,
+            earlier=self.layouts,
+            specs=parts.live_teachers,
+        )
+        parts.loaded_teachers = []
+        return reports
+
+    def _loader(self, start_step: int, stop_step: int) -> Any:
+        recipe, runtime, writer = self.recipe, self.runtime, self.train_step.writer
+        return train_loader(
+            recipe.loader,
+            self.data.train,
+            self._plan(),
+            batch_size=recipe.batch_size,
+            start_step=start_step,
+            stop_step=stop_step,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+            label_cache=writer.cache if writer else self.parts.label_cache,
+            live_epochs=self.writing.live_epochs if self.writing else range(0),
+        )
 
     def _claim_label_cache(self) -> WriteThrough | None:
         """The label cache that this run writes, if it writes one."""
@@ -211,9 +243,8 @@ class Run:
             del means["hard_ce"]
         epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
         if self.telemetry:
-            lr = self.parts.optimizer.param_groups[0]["lr"]
-            speed = {"images_per_second": rate, "data_wait_fraction": waiting}
-            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, "lr": lr, **speed})
+            speed = {"lr": self.train_step.lr, "images_per_second": rate, "data_wait_fraction": waiting}
+            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
@@ -270,6 +301,7 @@ class Run:
             "recipe": self.recipe.to_json(),
             "identity": run_report.identity(self.parts, self.data, self.writing),
             "scores": self.scores,
+            "layouts": teacher_setup.layouts(self.teacher_reports),
         }
         path = checkpoint.save(self.directory.checkpoints, self.step, state, self.recipe.keep)
         if is_best:
@@ -300,6 +332,7 @@ class Run:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
         self.scores = state["scores"]
+        self.layouts = state.get("layouts", {})
         return state["step"]
 
     def _belongs(self, line: dict[str, Any]) -> bool:

@@ -114,10 +114,21 @@ class Recipe:
     amp: str = option(
         "auto",
         "machine",
-        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX, else off",
+        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX or AVX512-BF16, else off",
         choices=("auto", "bf16", "fp16", "off"),
     )
     compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
+    cuda_graphs: str | None = option(
+        None,
+        "machine",
+        "replay the teachers, or the whole step, as one CUDA graph; by default ensemble on GPUs",
+        choices=("off", "ensemble", "step"),
+    )
+    tune_teachers: bool = option(
+        True,
+        "machine",
+        "measure which memory format and dtype suit each teacher on this device (once; remembered); off: channels-last",
+    )
 
     # Run
     seed: int = option(0, "run", "seed of the view plan, CutMix and random weights")
@@ -222,6 +233,7 @@ class Recipe:
 RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+        "cuda_graphs", "tune_teachers",
     }
 )  # fmt: skip
 

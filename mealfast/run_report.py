@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mealfast
@@ -12,6 +13,7 @@ from mealfast.loaders import LabelCache
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.splits import Splits
+from mealfast.teacher_setup import TeacherReport
 from mealfast.write_through import WritePlan
 
 
@@ -26,9 +28,14 @@ def identity(parts: Parts, data: Splits, writing: WritePlan | None) -> dict[str,
 
 
 def config(
-    recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, writing: WritePlan | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    parts: Parts,
+    data: Splits,
+    teachers: Sequence[TeacherReport],
+    writing: WritePlan | None = None,
 ) -> dict[str, Any]:
-    """The content of config.json: the full recipe, versions, hardware, digests of images and teachers."""
+    """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
     same = identity(parts, data, writing)
     return {
         "mealfast": mealfast.__version__,
@@ -37,6 +44,7 @@ def config(
         "device": runtime.device.type,
         "precision": runtime.precision,
         "compiled": parts.compiled,
+        "teachers": [report.to_json() for report in teachers],
         "versions": runtimes.describe(runtime.device),
         "images": {"train": len(data.train), "val": len(data.val)},
         "image_digests": same["images"],

@@ -19,10 +19,13 @@ def capture(runtime: Runtime, parts: Parts, train_step: TrainStep) -> dict[str, 
     if runtime.device.type == "cuda":
         random_states["cuda"] = torch.cuda.get_rng_state(runtime.device)
     discriminator = parts.trainee.objective.discriminator
+    optimizer = parts.optimizer.state_dict()
+    for group in optimizer["param_groups"]:
+        group["lr"] = float(group["lr"])  # on the device under a CUDA graph
     return {
         "student": parts.student.model.state_dict(),
         "discriminator": discriminator.state_dict() if discriminator is not None else None,
-        "optimizer": parts.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": parts.scaler.state_dict(),
         "skipped": train_step.skipped.cpu(),
         "processes": runtime.gather({"rng": random_states, "meter": train_step.meter.cpu()}),
@@ -37,6 +40,7 @@ def restore(state: dict[str, Any], runtime: Runtime, parts: Parts, train_step: T
         if parts.trainee.objective.discriminator is not None:
             parts.trainee.objective.discriminator.load_state_dict(state["discriminator"])
         parts.optimizer.load_state_dict(state["optimizer"])
+        train_step.start_anew()
         parts.scaler.load_state_dict(state["scaler"])
         train_step.skipped.copy_(state["skipped"])
         processes = state["processes"]
