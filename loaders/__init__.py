@@ -14,7 +14,7 @@ from .create import eval_loader, label_loader, train_loader
 from .explicit_views import ExplicitViews
 from .index import ImageIndex
 from .label_cache import LabelCache
-from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields
+from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields, read_header
 from .label_spool import LabelSpool, gather_spools
 from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
@@ -43,5 +43,6 @@ __all__ = [
     "label_loader",
     "pack",
     "plan_fields",
+    "read_header",
     "train_loader",
 ]

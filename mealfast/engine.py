@@ -188,7 +188,13 @@ class Run:
         """The label cache that this run writes, if it writes one."""
         if self.writing is not None:
             self.train_step.writer = WriteThrough(
-                self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing
+                self.recipe,
+                self.runtime,
+                self.parts,
+                self.data.train,
+                self._plan(),
+                self.writing,
+                teacher_setup.layouts(self.teacher_reports),
             )
         return self.train_step.writer
 

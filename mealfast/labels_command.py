@@ -15,7 +15,7 @@ from mealfast.recipe import Recipe, make_recipe
 # What `build` takes of a recipe: the teachers and all that decides what they see.
 _FIELDS = (
     "teachers", "data", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader", "loader_threads",
-    "device", "amp", "compile", "seed",
+    "device", "amp", "compile", "cuda_graphs", "tune_teachers", "seed",
 )  # fmt: skip
 _PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}
 _SIDE_BY_SIDE = "mealfast labels build|import-fkd|info|verify ... (each has --help)"

@@ -54,6 +54,14 @@ class Choice:
         return {"layout": asdict(self.layout), "images_per_second": self.images_per_second}
 
 
+def is_layout(content: Any) -> bool:
+    """Whether what a file holds is a Layout's fields."""
+    if not isinstance(content, dict) or content.keys() != {"memory_format", "dtype", "compiled"}:
+        return False
+    known = str(content["memory_format"]) in FORMATS and str(content["dtype"]) in DTYPES
+    return known and isinstance(content["compiled"], bool)
+
+
 def default_layout(runtime: Runtime, compile: bool) -> Layout:
     return Layout("channels_last", runtime.precision, compile)
 

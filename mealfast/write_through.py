@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,9 +110,11 @@ class WriteThrough:
     """The label cache that a run writes, and from epoch V on reads: `cache`. Close it to let go of the folder."""
 
     def __init__(
-        self, recipe: Recipe, runtime: Runtime, parts: Parts, index: ImageIndex, views: ViewPlan, plan: WritePlan
-    ) -> None:
-        """Claims the cache, all processes together. Raises UsageError or DataError: it is of other targets."""
+        self, recipe: Recipe, runtime: Runtime, parts: Parts, index: ImageIndex, views: ViewPlan, plan: WritePlan,
+        layouts: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Claims the cache, all processes together; `layouts` are the teachers'. Raises UsageError or DataError: it is
+        of other targets."""
         self.recipe, self.runtime, self.index, self.views, self.plan = recipe, runtime, index, views, plan
         self.rows = recipe.batch_size // runtime.world_size // recipe.accumulate  # that the teachers see at once
         described = tuple(
@@ -119,7 +122,7 @@ class WriteThrough:
             for spec, digest in zip(parts.live_teachers, parts.teacher_digests, strict=True)
         )
         classes = parts.student.num_classes
-        self.teachers = LabelTeachers(parts.teachers, described, classes, parts.compiled)
+        self.teachers = LabelTeachers(parts.teachers, described, classes, parts.compiled, layouts)
         top_k = plan.top_k or min(TOP_K, classes)
         if top_k > classes:
             raise UsageError(

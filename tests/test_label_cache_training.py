@@ -32,7 +32,8 @@ def cache(tree, teachers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached") / "cache"
     argv = [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
-        "--top-k", "3", "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--loader", "pillow",
+        "--top-k", "3", "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--no-tune-teachers",
+        "--loader", "pillow",
         "--out", str(folder),
     ]  # fmt: skip
     assert dispatch(argv) == 0

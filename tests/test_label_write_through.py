@@ -74,7 +74,8 @@ def built(tree, teachers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "cache"
     argv = [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
-        "--top-k", str(K), "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--loader", "pillow",
+        "--top-k", str(K), "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--no-tune-teachers",
+        "--loader", "pillow",
         "--loader-threads", "2", "--out", str(folder),
     ]  # fmt: skip
     assert dispatch(argv) == 0
@@ -249,7 +250,8 @@ def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, whole, built,
     run(writing, tmp_path / "run", max_steps=5)
     argv = [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
-        "--top-k", str(K), "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--loader", "pillow",
+        "--top-k", str(K), "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--no-tune-teachers",
+        "--loader", "pillow",
     ]  # fmt: skip
     assert dispatch([*argv, "--out", str(tmp_path / "run-cache")]) == 0
     assert_close(tmp_path / "run-cache", built)
@@ -367,6 +369,11 @@ def test_what_is_no_cache_is_refused(writing, tmp_path):
         run(writing, tmp_path / "run", tmp_path / "thesis")
     with pytest.raises(DataError, match="is a file; a cache is a folder"):
         run(writing, tmp_path / "run", writing["student"].partition("@")[2])
+    run(writing, tmp_path / "other", max_steps=1)
+    with pytest.raises(DataError, match=r"--label-cache .*other: holds something else"):  # a run directory
+        run(writing, tmp_path / "run", tmp_path / "other")
+    with pytest.raises(DataError, match=r"label cache .*other: has no header.json"):
+        run(writing, tmp_path / "run", tmp_path / "other", teachers=())
     with pytest.raises(UsageError, match="--label-cache-top-k 4: the teachers have 3 classes"):
         run(writing, tmp_path / "run", label_cache_top_k=4)
     with pytest.raises(UsageError, match="--label-cache-views 2: needs --label-cache"):
@@ -385,3 +392,15 @@ def test_the_run_goes_on_only_with_what_it_began(writing, tmp_path):
     run(options, tmp_path / "run", max_steps=4)
     with pytest.raises(UsageError, match="--label-cache: not the targets that the run of checkpoint"):
         train(make_recipe(**options, run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("changes", [{}, {"cutmix": True, "accumulate": 2}], ids=["plain", "CutMix"])
+def test_on_a_gpu(writing, tree, teachers, tmp_path, changes):
+    """Copies that nothing waits for bring the targets that the teachers give there, and the run is resumed."""
+    gpu = {**writing, **changes, "device": "cuda", "discriminator": "cooperative"}
+    run(gpu, tmp_path / "run", max_steps=5)
+    assert run(gpu, tmp_path / "run")["finished"]
+    verified = ["labels", "verify", str(tmp_path / "run-cache"), "--data", str(tree), "--teachers", *teachers]
+    assert dispatch([*verified, "--sample", "99", "--device", "cuda"]) == 0

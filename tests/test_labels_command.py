@@ -33,7 +33,7 @@ def argv(tree, teachers):
     return [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
         "--top-k", str(K), "--batch-size", "1", "--seed", "4", "--amp", "off", "--device", "cpu", "--no-compile",
-        "--loader", "pillow", "--loader-threads", "2", "--out",
+        "--no-tune-teachers", "--loader", "pillow", "--loader-threads", "2", "--out",
     ]  # fmt: skip
 
 
