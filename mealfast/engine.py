@@ -141,7 +141,7 @@ class Run:
             if evaluating or stopping or self.step % self.recipe.checkpoint_every == 0:
                 self._save()
             if self.step % self.steps_per_epoch == 0:
-                self._finish_views()
+                self._finish_views(self.step // self.steps_per_epoch - 1)
 
     # -- what the loop needs, reads and writes -------------------------------------------------------------------------
 
@@ -198,10 +198,10 @@ class Run:
             )
         return self.train_step.writer
 
-    def _finish_views(self) -> None:
-        """Completes the views of the label cache whose epochs are over."""
+    def _finish_views(self, first: int = 0) -> None:
+        """Completes the views of the label cache whose epochs, from `first` on, are over."""
         if self.train_step.writer:
-            for line in self.train_step.writer.finish(self.step // self.steps_per_epoch):
+            for line in self.train_step.writer.finish(range(first, self.step // self.steps_per_epoch)):
                 self.progress.say(line)
 
     def _plan(self) -> ViewPlan:

@@ -37,6 +37,7 @@ from mealfast.loaders import (
     gather_spools,
     holds_label_cache,
     label_loader,
+    read_header,
 )
 from mealfast.progress import size_text
 from mealfast.recipe import Recipe
@@ -128,11 +129,12 @@ class WriteThrough:
             raise UsageError(
                 f"--label-cache-top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer"
             )
-        self.header = cache_header(recipe, runtime, index, views, self.teachers, plan.views, top_k, self.rows)
+        folder, count = Path(recipe.label_cache), plan.views
+        if holds_label_cache(folder, "--label-cache"):  # which another program may have begun to extend
+            count = max(count, read_header(folder).views)
+        self.header = cache_header(recipe, runtime, index, views, self.teachers, count, top_k, self.rows)
         self._pending: deque[Future] = deque()
-        self._told: set[str] = set()
         with ExitStack() as stack:
-            folder = Path(recipe.label_cache)
             if runtime.is_main:
                 stack.enter_context(claim_label_cache(folder, self.header, by_training=True))
                 gather_spools(folder, self.header)
@@ -183,11 +185,11 @@ class WriteThrough:
 
     # -- between epochs ----------------------------------------------------------------------------------------------
 
-    def finish(self, epochs: int) -> list[str]:
-        """Completes the views of the first `epochs` epochs, all processes together. Returns what to tell the user."""
+    def finish(self, epochs: range) -> list[str]:
+        """Completes the views of epochs that are over, all processes together. Returns what to tell the user."""
         notes = []
-        for view in range(min(epochs, self.plan.views)):
-            if not self.cache.has(view):
+        for view in epochs:
+            if view < self.plan.views and not self.cache.has(view):
                 notes += self._complete(view)
         return notes
 
@@ -199,7 +201,7 @@ class WriteThrough:
         runtime.barrier()  # all have counted before any adds
         broken = "".join(sorted(set(runtime.gather(self._label(view, missing[runtime.rank :: runtime.world_size])))))
         if broken:
-            return [] if broken in self._told else [self._told.add(broken) or f"note: label cache: {broken}"]
+            return [f"note: label cache: {broken}"]
         if runtime.is_main:
             self._spool.complete(view)
         runtime.barrier()

@@ -179,7 +179,7 @@ def test_a_run_that_dies_anywhere_goes_on(writing, whole, tmp_path, monkeypatch,
         if isinstance(self, Run):
             if self.step == at and at % 3 == 0:
                 raise MemoryError
-            return finish(self)
+            return finish(self, *arguments)
         if arguments[1] == at and at % 3:
             raise MemoryError
         return step(self, *arguments)
@@ -263,6 +263,17 @@ def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, whole, built,
     (part / "header.json").write_text(json.dumps(header))
     run(writing, tmp_path / "other", part)
     assert_close(part, built)
+
+
+def test_a_cache_that_was_extended_meanwhile_keeps_its_views(writing, built, tmp_path):
+    run(writing, tmp_path / "run", max_steps=4)
+    header = json.loads((tmp_path / "run-cache" / "header.json").read_text())
+    (tmp_path / "run-cache" / "header.json").write_text(json.dumps({**header, "views": 3}))
+    (tmp_path / "run-cache" / "view-0002.bin").write_bytes(b"begun")
+    assert run(writing, tmp_path / "run")["finished"]
+    cache = LabelCache(tmp_path / "run-cache")
+    assert (cache.header.views, [one.view for one in cache.header.complete]) == (3, [0, 1])
+    assert (tmp_path / "run-cache" / "view-0002.bin").read_bytes() == b"begun"
 
 
 def test_a_file_that_broke_leaves_its_view_open_and_the_run_goes_on(writing, built, tree, tmp_path, capsys):
