@@ -221,12 +221,15 @@ class WriteThrough:
             threads=self.recipe.loader_threads,
         )  # fmt: skip
         pad_to = self.rows if self.teachers.compiled else None
+        loaded = iter(loader)
         try:
-            for batch in loader:
+            for _ in batches:
+                try:
+                    batch = next(loaded)
+                except DataError as error:
+                    return f"view {view} stays incomplete, and the teachers run where it is shown: {error}"
                 target = top_k_targets(self.teachers, batch.images, self.header.top_k, pad_to)
                 self._spool.add(view, *(part.cpu().numpy() for part in (batch.indices, *target)))
-        except DataError as error:
-            return f"view {view} stays incomplete, and the teachers run where it is shown: {error}"
         finally:
             loader.close()
         self._spool.flush()

@@ -324,11 +324,13 @@ def test_two_processes(writing, tmp_path):
     assert_close(tmp_path / "whole-cache", tmp_path / "one-cache")
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_was_written(writing, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [8, 1], ids=["in a step", "between epochs"])
+def test_a_full_disk_ends_the_run_and_keeps_what_was_written(writing, whole, tmp_path, monkeypatch, rows):
     real = os.write
 
     def full(descriptor, data):
-        if "spool-0001" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        spool = "spool-0001" in os.readlink(f"/proc/self/fd/{descriptor}")
+        if spool and len(data) == 8 + rows * (8 + 4 * K):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor, data)
 
