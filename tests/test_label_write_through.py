@@ -297,12 +297,12 @@ def test_a_file_that_broke_leaves_its_view_open_and_the_run_goes_on(writing, bui
 
 def test_two_processes(writing, tmp_path):
     """Each writes its share; stopped in the middle and taken up again they leave the same run and the same bytes."""
-    names = {"whole": {}, "stopped": {}}
     recipes = {
         name: {**writing, "run_dir": str(tmp_path / name), "label_cache": str(tmp_path / f"{name}-cache")}
-        for name in names
+        for name in ("whole", "stopped", "left")
     }
-    order = [recipes["whole"], recipes["stopped"] | {"max_steps": 4}, recipes["stopped"]]
+    four = {"max_steps": 4}
+    order = [recipes["whole"], recipes["stopped"] | four, recipes["stopped"], recipes["left"] | four]
     (tmp_path / "recipes.json").write_text(json.dumps(order))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -322,6 +322,9 @@ def test_two_processes(writing, tmp_path):
     assert content(tmp_path / "stopped-cache") == content(tmp_path / "whole-cache")
     run(writing, tmp_path / "one")
     assert_close(tmp_path / "whole-cache", tmp_path / "one-cache")
+    assert len(list((tmp_path / "left-cache").glob("spool-0001-*"))) == 2
+    assert run(writing, tmp_path / "left")["finished"]  # by one process, which takes up what two have written
+    assert_close(tmp_path / "left-cache", tmp_path / "one-cache")
 
 
 @pytest.mark.parametrize("rows", [8, 1], ids=["in a step", "between epochs"])
