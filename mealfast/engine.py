@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mealfast import checkpoint, run_report, run_state, splits, teacher_setup, weights
+from mealfast import checkpoint, forecast, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.clock import Clock
@@ -96,6 +96,10 @@ class Run:
                 self.progress.say(line)
             for report in self.teacher_reports:
                 self.progress.say(str(report))
+            if recipe.stage_report:
+                made = forecast.forecast(self, seconds=1.0, say=self.progress.say)
+                for line in forecast.lines(self, made):
+                    self.progress.say(line)
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
