@@ -108,9 +108,11 @@ def lines(run: Run, made: Forecast, gpus: int | None = None) -> list[str]:
 
 def _evaluation_seconds(run: Run, found: dict[str, Stage]) -> float:
     recipe = run.recipe
-    rates = [found[name].images_per_second for name in (stages.ENSEMBLE, stages.FORWARD) if name in found]
-    times = 1 + recipe.eval_start + (recipe.epochs - 1) // recipe.eval_every if recipe.eval_every else 1
-    return times * len(run.data.val) * max(sum(1 / rate for rate in rates), 1 / found[stages.DECODE].images_per_second)
+    times = 1 + recipe.eval_start + ((recipe.epochs - 1) // recipe.eval_every if recipe.eval_every else 0)
+    # The teachers run in the first evaluation only.
+    teachers = 1 / found[stages.ENSEMBLE].images_per_second if stages.ENSEMBLE in found else 0.0
+    each = max(1 / found[name].images_per_second for name in (stages.FORWARD, stages.DECODE))
+    return len(run.data.val) * (times * each + teachers)
 
 
 def _duration(hours: float) -> str:
