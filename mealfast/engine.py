@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mealfast import checkpoint, run_report, run_state, splits, teacher_setup, weights
+from mealfast import checkpoint, forecast, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.clock import Clock
@@ -79,6 +79,7 @@ class Run:
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
         self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
+        self.writer: WriteThrough | None = None
         self.first_step = self.step = self._resume()
         self.teacher_reports = self._prepare_teachers()
         self.batch: Batch | None = None
@@ -87,7 +88,7 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
-        writer = self._claim_label_cache()
+        self.writer = writer = self._claim_label_cache()
         if runtime.is_main:
             self.directory.claim(
                 run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports, self.writing)
@@ -103,10 +104,15 @@ class Run:
                 self.progress.say(writer.introduction())
             for report in self.teacher_reports:
                 self.progress.say(str(report))
+            if recipe.stage_report:
+                made = forecast.forecast(self, seconds=1.0, say=self.progress.say)
+                for line in forecast.lines(self, made):
+                    self.progress.say(line)
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
+            self.train_step.writer = writer  # from here on: what is only measured is not written
             self._finish_views()  # that a process which was killed had left unfinished
             if self.step < self.last_step:
                 loader = self._loader(self.step, self.last_step)
@@ -168,7 +174,7 @@ class Run:
         return reports
 
     def _loader(self, start_step: int, stop_step: int) -> Any:
-        recipe, runtime, writer = self.recipe, self.runtime, self.train_step.writer
+        recipe, runtime, writer = self.recipe, self.runtime, self.writer
         return train_loader(
             recipe.loader,
             self.data.train,
@@ -186,22 +192,17 @@ class Run:
 
     def _claim_label_cache(self) -> WriteThrough | None:
         """The label cache that this run writes, if it writes one."""
-        if self.writing is not None:
-            self.train_step.writer = WriteThrough(
-                self.recipe,
-                self.runtime,
-                self.parts,
-                self.data.train,
-                self._plan(),
-                self.writing,
-                teacher_setup.layouts(self.teacher_reports),
-            )
-        return self.train_step.writer
+        if self.writing is None:
+            return None
+        return WriteThrough(
+            self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing,
+            teacher_setup.layouts(self.teacher_reports),
+        )  # fmt: skip
 
     def _finish_views(self, first: int = 0) -> None:
         """Completes the views of the label cache whose epochs, from `first` on, are over."""
-        if self.train_step.writer:
-            for line in self.train_step.writer.finish(range(first, self.step // self.steps_per_epoch)):
+        if self.writer:
+            for line in self.writer.finish(range(first, self.step // self.steps_per_epoch)):
                 self.progress.say(line)
 
     def _plan(self) -> ViewPlan:
@@ -298,8 +299,8 @@ class Run:
         is_best = bool(scheduled) and (best is None or self.scores["latest"]["top1"] > best["top1"])
         if is_best:
             self.scores["best"] = self.scores["latest"]
-        if self.train_step.writer:
-            self.train_step.writer.flush()
+        if self.writer:
+            self.writer.flush()
         state = run_state.capture(self.runtime, self.parts, self.train_step)
         if not self.runtime.is_main:
             return

@@ -139,6 +139,9 @@ class Recipe:
         "auto: continue what the run directory holds; never: refuse if it holds anything; or a checkpoint's path",
         metavar="auto|never|PATH",
     )
+    stage_report: bool = option(
+        False, "run", "measure every stage before the first step, a second each: what `mealfast forecast` prints"
+    )
     log_every: int = option(50, "run", "steps between lines of metrics.jsonl and TensorBoard scalars")
     checkpoint_every: int = option(1000, "run", "steps between checkpoints (always one at the end)")
     eval_every: int = option(1, "run", "epochs between evaluations; 0: only at the start and at the end")
@@ -233,7 +236,7 @@ class Recipe:
 RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
-        "cuda_graphs", "tune_teachers",
+        "cuda_graphs", "tune_teachers", "stage_report",
     }
 )  # fmt: skip
 

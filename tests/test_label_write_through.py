@@ -16,6 +16,7 @@ import pytest
 import torch
 from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan
 
+from mealfast import forecast
 from mealfast.__main__ import dispatch
 from mealfast.engine import Run, train
 from mealfast.errors import UsageError
@@ -134,6 +135,14 @@ def test_no_teacher_runs_once_the_cache_is_there(writing, tmp_path, monkeypatch)
     run(writing, tmp_path / "second", tmp_path / "run-cache")  # complete: the same options read it
     assert seen == []
     assert last(tmp_path / "second")["identity"]["teachers"] == {}
+
+
+def test_steps_that_are_only_measured_write_nothing(writing, whole, tmp_path, monkeypatch):
+    measured = forecast.forecast
+    monkeypatch.setattr(forecast, "forecast", lambda run, seconds, say: measured(run, 0.02, say))
+    run(writing, tmp_path / "run", stage_report=True)
+    assert_same_run(tmp_path / "run", whole)
+    assert content(tmp_path / "run-cache") == content(f"{whole}-cache")
 
 
 def test_later_epochs_read_what_the_run_wrote(writing, whole, tmp_path):
