@@ -169,17 +169,23 @@ def test_later_epochs_read_what_the_run_wrote(writing, whole, tmp_path):
         np.testing.assert_array_equal(found[1], targets[1][indices])
 
 
+@pytest.fixture(scope="module")
+def whole_everything(everything, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("everything") / "run"
+    run(everything, folder)
+    return folder
+
+
 @pytest.mark.parametrize("stops", [(3,), (2, 7)], ids=str)
-def test_a_stopped_run_goes_on_as_if_it_had_not(everything, tmp_path, stops):
-    run(everything, tmp_path / "whole")
+def test_a_stopped_run_goes_on_as_if_it_had_not(everything, whole_everything, tmp_path, stops):
     for stop in stops:
         run(everything, tmp_path / "stopped", max_steps=stop)
     run(everything, tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert content(tmp_path / "stopped-cache") == content(tmp_path / "whole-cache")
+    assert_same_run(tmp_path / "stopped", whole_everything)
+    assert content(tmp_path / "stopped-cache") == content(f"{whole_everything}-cache")
 
 
-@pytest.mark.parametrize("at", [2, 3, 5, 8])
+@pytest.mark.parametrize("at", [2, 3, 8])
 def test_a_run_that_dies_anywhere_goes_on(writing, whole, tmp_path, monkeypatch, at):
     """Checkpoint and cache then disagree; after step 3 the view of a saved epoch is unfinished."""
     finish, step = Run._finish_views, TrainStep.__call__
