@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _images import make_images
 from _record import record, write
 from mealfast.loaders import (
     CacheHeader,
@@ -31,7 +32,6 @@ from mealfast.loaders import (
 )
 from mealfast.loaders.cores import core_count
 
-from loaders import make_images
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.errors import UsageError
