@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mealfast
@@ -40,6 +42,15 @@ def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict
         "teacher_digests": same["teachers"],
         "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
     }
+
+
+def stored_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of an earlier process; {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, steps_per_epoch: int) -> list[str]:

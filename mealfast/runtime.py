@@ -5,7 +5,10 @@ One process drives one device. Without torchrun there is one process.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +19,9 @@ import torch.distributed as dist
 
 from mealfast.errors import UsageError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # an index of millions of files is scanned by one process while others wait
+COLLECTIVE_TIMEOUT = 1800  # seconds
+_SCAN_TIMEOUT = timedelta(days=1)  # an index of millions of files is made by one process while others wait
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     amp_dtype: torch.dtype | None
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)  # of waiting for other processes
 
     @property
     def is_main(self) -> bool:
@@ -51,11 +57,16 @@ class Runtime:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others do, so that they find what it has cached."""
+        if self.world_size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=_SCAN_TIMEOUT)
         if not self.is_main:
-            self.barrier()
+            dist.barrier(patient)
         yield
         if self.is_main:
-            self.barrier()
+            dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added up over all processes, in place."""
@@ -72,8 +83,13 @@ class Runtime:
         return items
 
 
-def start(device: str = "auto", amp: str = "auto") -> Runtime:
-    """Joins the process group that torchrun describes and picks the device. Raises UsageError."""
+def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIMEOUT) -> Runtime:
+    """Joins the process group that torchrun describes and picks the device. Raises UsageError.
+
+    `timeout`: seconds after which waiting for another process fails.
+    """
+    _die_with_torchrun()
+    patience = timedelta(seconds=timeout)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -86,16 +102,22 @@ def start(device: str = "auto", amp: str = "auto") -> Runtime:
         torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
     if world_size > 1 and not dist.is_initialized():
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
+            dist.init_process_group("nccl", timeout=patience, device_id=chosen)
         else:
-            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype)
+            dist.init_process_group("gloo", timeout=patience)
+    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype, patience)
 
 
 def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _die_with_torchrun() -> None:
+    """Has the system kill this process when its torchrun is killed: nobody else would end it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _device(option: str, local_rank: int, local_world_size: int) -> torch.device:

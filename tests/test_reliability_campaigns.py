@@ -1,0 +1,20 @@
+"""The short forms of the fault campaigns of `tests/faults.py`, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FAULTS = Path(__file__).with_name("faults.py")
+
+
+def campaign(name: str, times: int) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(FAULTS), name, "--times", str(times)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened():
+    assert campaign("kill", 6)["injected"] == 6
