@@ -6,6 +6,7 @@ One process drives one device. Without torchrun there is one process.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from mealfast.errors import UsageError
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
 _SCAN_TIMEOUT = timedelta(days=1)  # an index of millions of files is made by one process while others wait
+_groups = itertools.count()  # that this process has joined, as every other one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -101,10 +104,11 @@ def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIM
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
     if world_size > 1 and not dist.is_initialized():
+        found = {"timeout": patience} | _store_of_this_attempt(rank, world_size, patience)
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", timeout=patience, device_id=chosen)
+            dist.init_process_group("nccl", device_id=chosen, **found)
         else:
-            dist.init_process_group("gloo", timeout=patience)
+            dist.init_process_group("gloo", **found)
     return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype, patience)
 
 
@@ -112,6 +116,25 @@ def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the processes find each other, as arguments of `init_process_group`; {} for its own way.
+
+    A torchrun that shares its store with its workers hands the same one to those it starts again after a failure
+    (torch 2.15), and they would connect to the addresses of the dead: each attempt gets its own part of the store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"mealfast-{attempt}-{next(_groups)}", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
 def _die_with_torchrun() -> None:

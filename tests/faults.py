@@ -1,6 +1,11 @@
 """The long fault campaigns, as a script; `make test` runs a short form of each.
 
-.venv/bin/python tests/faults.py kill [--times 20] [--seed 0]
+.venv/bin/python tests/faults.py CAMPAIGN [--times N] [--seed S]
+
+kill        SIGKILL at N random moments, checkpoint writes included
+processes   two workers of a torchrun: killed, failed, hung, orphaned, stopped (N 1: the quick ones only)
+soak        a run of N steps: memory, open files, and that no epoch's order comes again
+nodes       two torchrun nodes, one of which is lost N times and comes back
 """
 
 from __future__ import annotations
@@ -11,7 +16,13 @@ import json
 import os
 import time
 
-CAMPAIGNS = {"kill": ("fault_kill", 20, "SIGKILL at random moments, checkpoint writes included")}
+# Name: (module, how often or how long the full campaign is).
+CAMPAIGNS = {
+    "kill": ("fault_kill", 20),
+    "nodes": ("fault_nodes", 3),
+    "processes": ("fault_processes", 2),
+    "soak": ("fault_soak", 20_000),
+}
 
 
 def main() -> None:
@@ -20,7 +31,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, help="how often, or how long; the default is the full campaign")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    module, times, _ = CAMPAIGNS[chosen.campaign]
+    module, times = CAMPAIGNS[chosen.campaign]
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported: see fault_runs.py
     began = time.monotonic()
     result = importlib.import_module(module).campaign(chosen.times or times, chosen.seed)

@@ -18,3 +18,7 @@ def campaign(name: str, times: int) -> dict:
 
 def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened():
     assert campaign("kill", 6)["injected"] == 6
+
+
+def test_workers_that_are_killed_or_fail_are_started_again_and_none_outlives_its_torchrun():
+    campaign("processes", 1)
