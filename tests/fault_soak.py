@@ -1,4 +1,4 @@
-"""A long run of a tiny model: memory and open files stay flat, and no epoch shows the images in an order seen before."""
+"""A long run of a tiny model: memory and open files stay flat, and no order of the images comes a second time."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 
 kill        SIGKILL at N random moments, checkpoint writes included
 processes   two workers of a torchrun: killed, failed, hung, orphaned, stopped (N 1: the quick ones only)
+fuzz        N mutations each of checkpoints, weights, label caches, indexes, packs and images
 soak        a run of N steps: memory, open files, and that no epoch's order comes again
 nodes       two torchrun nodes, one of which is lost N times and comes back
 """
@@ -19,8 +20,9 @@ import time
 # Name: (module, how often or how long the full campaign is).
 CAMPAIGNS = {
     "kill": ("fault_kill", 20),
-    "nodes": ("fault_nodes", 3),
     "processes": ("fault_processes", 2),
+    "nodes": ("fault_nodes", 3),
+    "fuzz": ("fault_fuzz", 3000),
     "soak": ("fault_soak", 20_000),
 }
 
