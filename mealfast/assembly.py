@@ -47,7 +47,8 @@ class Parts:
 
     trainee: Trainee
     wrapped: nn.Module
-    teachers: FrozenEnsemble | None
+    loaded_teachers: list[models.NormalizedModel]  # as loaded, until they are made ready
+    teachers: FrozenEnsemble | None  # ready to be called: teacher_setup.prepare
     teacher_digests: list[str]
     label_cache: LabelCache | None
     optimizer: torch.optim.Optimizer
@@ -62,6 +63,7 @@ class Parts:
 def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     """Builds everything. Raises UsageError for wrong specs, weights, sizes and combinations."""
     label_cache = open_label_cache(recipe)
+    _check_cuda_graphs(recipe, runtime)
     torch.manual_seed(
         recipe.seed
     )  # random weights; the student comes first, so that they do not depend on the teachers
@@ -80,13 +82,24 @@ def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
         trainee.student.compile()  # in place: the state dict keeps timm's keys
-    ensemble = FrozenEnsemble(teachers, runtime, compile=compile) if teachers else None
     optimizer = make_optimizer(recipe, trainee, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    return Parts(trainee, wrapped, ensemble, digests, label_cache, optimizer, scaler, compile)
+    return Parts(trainee, wrapped, teachers, None, digests, label_cache, optimizer, scaler, compile)
+
+
+def _check_cuda_graphs(recipe: Recipe, runtime: Runtime) -> None:
+    if recipe.cuda_graphs in (None, "off"):
+        return
+    option = f"--cuda-graphs {recipe.cuda_graphs}"
+    if runtime.device.type != "cuda":
+        raise UsageError(f"{option} needs a GPU: leave it out on the CPU")
+    if recipe.cuda_graphs == "step" and runtime.amp_dtype == torch.float16:
+        raise UsageError(f"{option} cannot scale float16 gradients: use --amp bf16, or --cuda-graphs ensemble")
+    if recipe.cuda_graphs == "step" and recipe.optimizer != "sgd":
+        raise UsageError(f"{option} needs --optimizer sgd, whose learning rate can lie on the GPU")
 
 
 def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mealfast import bad_batch, checkpoint, run_report, run_state, splits, weights
+from mealfast import bad_batch, checkpoint, forecast, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.bad_steps import BadSteps
@@ -80,14 +80,16 @@ class Run:
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
         self.notes: list[str] = []
-        bad_in_a_row = 0
-        self.step = 0
+        self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
+        self.step = bad_in_a_row = 0
         if (state := self._resume()) is not None:
             self.step, bad_in_a_row = state["step"], state.get("bad_in_a_row", 0)
             self.scores |= state["scores"]
+            self.layouts = state.get("layouts", {})
             self.notes = run_state.notes(state, runtime)
         self.first_step = self.step
         self.bad_steps = BadSteps(recipe.max_bad_steps, recipe.log_every, self.train_step.skipped, bad_in_a_row)
+        self.teacher_reports = self._prepare_teachers()
         self.batch: Batch | None = None
         self.clock = Clock()
         self.dead_lines = 0
@@ -95,7 +97,7 @@ class Run:
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
         if runtime.is_main:
-            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
+            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports))
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
         self.telemetry = self.writer = None
         if runtime.is_main:
@@ -109,24 +111,18 @@ class Run:
             introduction = run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch)
             for line in [*self.notes, *introduction]:
                 self.progress.say(line)
+            for report in self.teacher_reports:
+                self.progress.say(str(report))
+            if recipe.stage_report:
+                made = forecast.forecast(self, seconds=1.0, say=self.progress.say)
+                for line in forecast.lines(self, made):
+                    self.progress.say(line)
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
             if self.step < self.last_step:
-                loader = train_loader(
-                    recipe.loader,
-                    self.data.train,
-                    self._plan(),
-                    batch_size=recipe.batch_size,
-                    start_step=self.step,
-                    stop_step=self.last_step,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                    device=runtime.device,
-                    threads=recipe.loader_threads,
-                    label_cache=self.parts.label_cache,
-                )
+                loader = self._loader(self.step, self.last_step)
                 self._loop(iter(loader))
             summary = self._finish(loader)
         except BaseException as error:
@@ -154,7 +150,39 @@ class Run:
             if self.bad_steps.too_many:
                 self._give_up()
 
-    # -- what the loop reads and writes ------------------------------------------------------------------------------
+    # -- what the loop needs, reads and writes -------------------------------------------------------------------------
+
+    def _prepare_teachers(self) -> list[teacher_setup.TeacherReport]:
+        """Makes the teachers ready, with the first batch of training images to measure and to check them on."""
+        parts, recipe = self.parts, self.recipe
+        if not parts.loaded_teachers:
+            return []
+        loader = self._loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
+        finally:
+            loader.close()
+        parts.teachers, reports = teacher_setup.prepare(
+            recipe, self.runtime, parts.loaded_teachers, images, compile=parts.compiled, earlier=self.layouts
+        )
+        parts.loaded_teachers = []
+        return reports
+
+    def _loader(self, start_step: int, stop_step: int) -> Any:
+        recipe, runtime = self.recipe, self.runtime
+        return train_loader(
+            recipe.loader,
+            self.data.train,
+            self._plan(),
+            batch_size=recipe.batch_size,
+            start_step=start_step,
+            stop_step=stop_step,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+            label_cache=self.parts.label_cache,
+        )
 
     def _plan(self) -> ViewPlan:
         recipe, index, cache = self.recipe, self.data.train, self.parts.label_cache
@@ -198,9 +226,8 @@ class Run:
             del means["hard_ce"]
         epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
         if self.telemetry:
-            lr = self.parts.optimizer.param_groups[0]["lr"]
-            speed = {"images_per_second": rate, "data_wait_fraction": waiting}
-            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, "lr": lr, **speed})
+            speed = {"lr": self.train_step.lr, "images_per_second": rate, "data_wait_fraction": waiting}
+            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
@@ -257,6 +284,7 @@ class Run:
             "identity": run_report.identity(self.recipe, self.parts, self.data),
             "scores": self.scores,
             "bad_in_a_row": self.bad_steps.in_a_row,
+            "layouts": teacher_setup.layouts(self.teacher_reports),
         }
         self.writer.save(self.step, state, best=is_best)
 
@@ -302,7 +330,7 @@ class Run:
         if self.writer:
             self.writer.wait()
         found = bad_batch.diagnose(self.batch, self.runtime, self.parts, self.data.train)
-        lr = self.parts.optimizer.param_groups[0]["lr"]
+        lr = self.train_step.lr
         path = self.directory.path / "bad_batch.json"
         if self.runtime.is_main:
             with suppress(OSError):

@@ -104,12 +104,23 @@ class Recipe:
     amp: str = option(
         "auto",
         "machine",
-        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX, else off",
+        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX or AVX512-BF16, else off",
         choices=("auto", "bf16", "fp16", "off"),
     )
     compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
     collective_timeout: int = option(
         600, "machine", "seconds after which processes that wait for another one give up", metavar="SECONDS"
+    )
+    cuda_graphs: str | None = option(
+        None,
+        "machine",
+        "replay the teachers, or the whole step, as one CUDA graph; by default ensemble on GPUs",
+        choices=("off", "ensemble", "step"),
+    )
+    tune_teachers: bool = option(
+        True,
+        "machine",
+        "measure which memory format and dtype suit each teacher on this device (once; remembered); off: channels-last",
     )
 
     # Run
@@ -120,6 +131,9 @@ class Recipe:
         "run",
         "auto: continue what the run directory holds; never: refuse if it holds anything; or a checkpoint's path",
         metavar="auto|never|PATH",
+    )
+    stage_report: bool = option(
+        False, "run", "measure every stage before the first step, a second each: what `mealfast forecast` prints"
     )
     log_every: int = option(50, "run", "steps between lines of metrics.jsonl and TensorBoard scalars")
     checkpoint_every: int = option(1000, "run", "steps between checkpoints (always one at the end)")
@@ -219,6 +233,7 @@ RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
         "collective_timeout", "max_bad_steps",
+        "cuda_graphs", "tune_teachers", "stage_report",
     }
 )  # fmt: skip
 

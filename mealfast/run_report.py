@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mealfast.loaders import LabelCache
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.splits import Splits
+from mealfast.teacher_setup import TeacherReport
 
 
 def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
@@ -26,8 +28,10 @@ def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
     }
 
 
-def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict[str, Any]:
-    """The content of config.json: the full recipe, versions, hardware, digests of images and teachers."""
+def config(
+    recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, teachers: Sequence[TeacherReport]
+) -> dict[str, Any]:
+    """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
     same = identity(recipe, parts, data)
     return {
         "mealfast": mealfast.__version__,
@@ -36,6 +40,7 @@ def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict
         "device": runtime.device.type,
         "precision": runtime.precision,
         "compiled": parts.compiled,
+        "teachers": [report.to_json() for report in teachers],
         "versions": runtimes.describe(runtime.device),
         "images": {"train": len(data.train), "val": len(data.val)},
         "image_digests": same["images"],

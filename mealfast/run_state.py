@@ -10,6 +10,7 @@ from torch import nn
 from mealfast.assembly import Parts
 from mealfast.errors import UsageError
 from mealfast.runtime import Runtime
+from mealfast.teacher_layout import DTYPES, FORMATS, Layout
 from mealfast.train_step import TrainStep
 
 
@@ -19,10 +20,13 @@ def capture(runtime: Runtime, parts: Parts, train_step: TrainStep) -> dict[str, 
     if runtime.device.type == "cuda":
         random_states["cuda"] = torch.cuda.get_rng_state(runtime.device)
     discriminator = parts.trainee.objective.discriminator
+    optimizer = parts.optimizer.state_dict()
+    for group in optimizer["param_groups"]:
+        group["lr"] = float(group["lr"])  # on the device under a CUDA graph
     return {
         "student": parts.student.model.state_dict(),
         "discriminator": discriminator.state_dict() if discriminator is not None else None,
-        "optimizer": parts.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": parts.scaler.state_dict(),
         "skipped": train_step.skipped.cpu(),
         "processes": runtime.gather({"rng": random_states, "meter": train_step.meter.cpu()}),
@@ -47,6 +51,7 @@ def _restore(state: dict[str, Any], runtime: Runtime, parts: Parts, train_step: 
     # The groups' settings are the recipe's, which is the same; a file of others need not be believed in them.
     own = parts.optimizer.state_dict()
     parts.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own["param_groups"]})
+    train_step.start_anew()
     for parameter, momentum in parts.optimizer.state.items():
         if any(buffer is not None and buffer.shape != parameter.shape for buffer in momentum.values()):
             raise ValueError("a momentum buffer has another shape than its weight")
@@ -74,6 +79,12 @@ def check(state: dict[str, Any], what: str) -> None:
         line = state["scores"].get(name)
         if line is not None and not (isinstance(line, dict) and isinstance(line.get("top1"), (int, float))):
             raise UsageError(f"{what}: is damaged (its {name} score)")
+    try:
+        found = [Layout(**layout) for layout in state.get("layouts", {}).values()]
+        if any(one.memory_format not in FORMATS or one.dtype not in DTYPES for one in found):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{what}: is damaged (its teachers' layouts)") from error
     if type(state.get("bad_in_a_row", 0)) is not int:
         raise UsageError(f"{what}: is damaged (its count of bad steps)")
 

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from mealfast import cutmix
 from mealfast.assembly import Parts
+from mealfast.cuda_graphs import CapturedStep
 from mealfast.loaders import Batch
 from mealfast.lr_schedule import lr_factor
 from mealfast.objective import TERMS
@@ -28,7 +29,7 @@ class Inputs:
     labels: torch.Tensor  # int64 [B]
     partner_labels: torch.Tensor | None = None  # int64 [B], under CutMix
     cached: tuple[torch.Tensor, ...] = ()  # ids and probabilities [B, k], under CutMix the partners' too
-    kept: float = 1.0  # share of the area that is each image's own
+    kept: float | torch.Tensor = 1.0  # share of the area that is each image's own; float32 scalar in a CUDA graph
 
     def part(self, number: int, parts: int) -> Inputs:
         """The `number`-th of `parts` equal parts of the batch."""
@@ -40,6 +41,26 @@ class Inputs:
 
         cached = tuple(cut(rows) for rows in self.cached)
         return Inputs(cut(self.images), cut(self.labels), cut(self.partner_labels), cached, self.kept)
+
+    def clone(self) -> Inputs:
+        """The same in memory of its own, all of it on the device."""
+        return Inputs(
+            self.images.clone(),
+            self.labels.clone(),
+            None if self.partner_labels is None else self.partner_labels.clone(),
+            tuple(rows.clone() for rows in self.cached),
+            torch.tensor(self.kept, dtype=torch.float32, device=self.images.device),
+        )
+
+    def copy_(self, other: Inputs) -> None:
+        """Takes over what `other` holds, in place; `self` is a clone."""
+        self.images.copy_(other.images)
+        self.labels.copy_(other.labels)
+        if self.partner_labels is not None:
+            self.partner_labels.copy_(other.partner_labels)
+        for mine, theirs in zip(self.cached, other.cached, strict=True):
+            mine.copy_(theirs)
+        self.kept.fill_(other.kept)
 
 
 class TrainStep:
@@ -55,11 +76,24 @@ class TrainStep:
         # skipped in all.
         self.meter = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=runtime.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self.lr = recipe.lr  # of the step taken last
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forgets a CUDA graph: for when tensors that it has captured were replaced."""
+        graph = self.recipe.cuda_graphs == "step"
+        self._run = CapturedStep(self.learn, self.runtime.world_size) if graph else self.learn
+        groups = self.parts.optimizer.param_groups
+        # A graph reads the learning rate from the device; elsewhere it is a number.
+        self._lrs = [torch.zeros((), device=self.runtime.device) if graph else None for _ in groups]
 
     def __call__(self, batch: Batch, step: int) -> None:
-        parts, accumulate = self.parts, self.recipe.accumulate
         self._set_lr(step)
-        inputs = self._mix(Inputs(batch.images, batch.labels, cached=batch.targets or ()), step)
+        self._run(self._mix(Inputs(batch.images, batch.labels, cached=batch.targets or ()), step))
+
+    def learn(self, inputs: Inputs) -> None:
+        """All of a step that the device does; what changes from step to step comes in as tensors."""
+        parts, accumulate = self.parts, self.recipe.accumulate
         statistics = self._statistics()
         parts.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.meter[:-1])
@@ -94,8 +128,10 @@ class TrainStep:
 
     def _set_lr(self, step: int) -> None:
         factor = lr_factor(step // self.steps_per_epoch, self.recipe.lr_decay_epochs, self.recipe.lr_decay)
-        for group in self.parts.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        self.lr = self.recipe.lr * factor
+        for group, tensor in zip(self.parts.optimizer.param_groups, self._lrs, strict=True):
+            lr = group["base_lr"] * factor
+            group["lr"] = lr if tensor is None else tensor.fill_(lr)
 
     def _statistics(self) -> torch.Tensor | None:
         """A copy of BatchNorm's running statistics: a step that is skipped must not leave its infinities in them."""

@@ -59,7 +59,7 @@ def tiny_fields(root: Path, **changes) -> dict:
         "teachers": (f"test_resnet@{root}/test_resnet.pth",),
         "size": 32, "epochs": 3, "batch_size": 8, "lr": 0.05, "lr_decay_epochs": (2,), "amp": "off", "compile": False,
         "device": "cpu", "loader": "pillow", "loader_threads": 1, "log_every": 1, "cutmix": True,
-        "hard_label_weight": 0.2, **changes,
+        "hard_label_weight": 0.2, "tune_teachers": False, **changes,
     }  # fmt: skip
 
 

@@ -122,6 +122,7 @@ TYPED = {
     "accumulate": ("2", 2), "lr": ("0.1", 0.1), "lr_decay_epochs": ("3 5", (3, 5)), "lr_decay": ("0.5", 0.5),
     "momentum": ("0.8", 0.8), "weight_decay": ("1e-5", 1e-5), "optimizer": ("apex-fused-sgd", "apex-fused-sgd"),
     "max_steps": ("11", 11), "device": ("cpu", "cpu"), "amp": ("bf16", "bf16"), "compile": (None, True),
+    "cuda_graphs": ("step", "step"), "tune_teachers": (None, True), "stage_report": (None, True),
     "seed": ("9", 9), "run_dir": ("runs/mine", "runs/mine"), "resume": ("never", "never"), "log_every": ("5", 5),
     "checkpoint_every": ("6", 6), "eval_every": ("0", 0), "keep": ("4", 4),
     "eval_start": (None, False),
