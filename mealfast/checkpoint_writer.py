@@ -39,6 +39,11 @@ class CheckpointWriter:
         )
         self._thread.start()
 
+    @property
+    def writing(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when nothing is left to write. Raises what the thread met, a disk's refusal apart."""
         if self._thread is not None:

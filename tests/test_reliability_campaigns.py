@@ -22,3 +22,14 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened():
 
 def test_workers_that_are_killed_or_fail_are_started_again_and_none_outlives_its_torchrun():
     campaign("processes", 1)
+
+
+def test_mutated_files_are_refused_set_aside_or_harmless():
+    counts = campaign("fuzz", 40)["counts"]
+    assert all(sum(v for k, v in count.items() if k != "peak MiB") == 40 for count in counts.values())
+    assert counts["checkpoints"]["refused"] > 20
+    assert counts["images"]["quarantined"] > 5
+
+
+def test_open_files_stay_flat_and_no_order_comes_twice():
+    campaign("soak", 600)
