@@ -19,23 +19,27 @@ def campaign(times: int, seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="mealfast-processes-") as name:
         root = Path(name)
         fields = fault_runs.tiny_fields(root, epochs=4, checkpoint_every=2, eval_every=0, collective_timeout=6)
-        outcomes = [one_after_the_other(root, fields)]
+        outcomes = [
+            one_after_the_other(root, fields, ["raised", "hung"] if times == 1 else ["killed", "raised", "hung"])
+        ]
         if times > 1:
             outcomes += [hang(root, fields), stopped(root, fields, "SIGTERM"), stopped(root, fields, "SIGINT")]
+            outcomes += [three(root, fields)]
     return {
         "fault": "of two workers one is killed, fails, hangs; their torchrun is killed, gets SIGTERM and SIGINT",
-        "injected": len(outcomes) + 2,
+        "injected": 2 if times == 1 else 6,
         "outcome": "; ".join(outcomes),
         "lost": "1 step at most",
     }
 
 
-def one_after_the_other(root: Path, fields: dict) -> str:
-    """Attempt 0: a worker is killed. Attempt 1: one raises. Attempt 2: one hangs, and torchrun itself is killed."""
-    names = ("whole", "killed", "raised", "hung")
-    faults = (None, ["kill", 0, 1, 5], ["raise", 1, 1, 5], ["hang", 2, 1, 3])
-    runs = [({**fields, "run_dir": str(root / name)}, fault) for name, fault in zip(names, faults, strict=True)]
-    runs[3][0]["collective_timeout"] = 600
+def one_after_the_other(root: Path, fields: dict, names: list[str]) -> str:
+    """In each attempt of torchrun another fault: a worker is killed, one raises; one hangs, and torchrun is killed."""
+    kinds = {"killed": "kill", "raised": "raise", "hung": "hang"}
+    faults = [None, *([kinds[name], attempt, 1, 5] for attempt, name in enumerate(names))]
+    faults[-1][3] = 3
+    runs = [({**fields, "run_dir": str(root / n)}, fault) for n, fault in zip(["whole", *names], faults, strict=True)]
+    runs[-1][0]["collective_timeout"] = 600
     log = root / "log"
     argv = fault_launch.command(
         fault_launch.write_work(root / "work.json", *runs),
@@ -49,18 +53,18 @@ def one_after_the_other(root: Path, fields: dict) -> str:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         fault_launch.wait_until(lambda: not fault_launch.alive(workers), 5, log)
-    assert_same_run(root / "killed", root / "whole")
-    assert_same_run(root / "raised", root / "whole")
     text = log.read_text()
-    assert text.count("resuming after 4 of 12 steps") == 2, text[-4000:]
+    for name in names[:-1]:
+        assert_same_run(root / name, root / "whole")
+    assert text.count("resuming after 4 of 12 steps") == len(names) - 1, text[-4000:]
     # Of the rank that raised there is a traceback and a line, and of the other nothing before them.
     said = text[: text.index("ArithmeticError: this rank failed first")]
     assert "mealfast: process 1 failed with the error above" in text
     assert said.count("Traceback") == 1, said[-4000:]
     assert "process 0" not in said
     return (
-        "a killed worker and one that raised: torchrun started both again, which went on to files bit-identical to a "
-        "run left alone; the error that came first was printed first; a killed torchrun left no worker"
+        f"workers {', '.join(names[:-1])}: torchrun started them again, and they went on to files bit-identical to a "
+        "run left alone; the error that came first was printed first; a killed torchrun left no worker, a hung one included"
     )
 
 
@@ -104,3 +108,17 @@ def stopped(root: Path, fields: dict, name: str) -> str:
             assert process.wait(200) == 0, log.read_text()[-4000:]
     assert_same_run(run_dir, root / "long")
     return f"{name} to torchrun: a checkpoint of the last step, {seconds:.0f} s; then to the same end"
+
+
+def three(root: Path, fields: dict) -> str:
+    """Sums over three processes depend on their order, which DDP must not change between a run and its resumption."""
+    fields, log = {**fields, "batch_size": 9}, root / "log-three"
+    runs = [("three", None), ("three-stopped", 5), ("three-stopped", None)]
+    work = fault_launch.write_work(
+        root / "work.json",
+        *(({**fields, "run_dir": str(root / name), "max_steps": stop}, None) for name, stop in runs),
+    )
+    with fault_launch.launched(fault_launch.command(work, "--standalone", "--nproc-per-node", "3"), log) as process:
+        assert process.wait(300) == 0, log.read_text()[-4000:]
+    assert_same_run(root / "three-stopped", root / "three")
+    return "three workers stopped and resumed: bit-identical"

@@ -139,3 +139,14 @@ def test_a_damaged_stored_index_is_scanned_anew(tmp_path):
     place = data.index(b"{'descr'")
     stored.write_bytes(data[:place] + b"{('escr'" + data[place + 8 :])
     assert ImageIndex.scan(tmp_path).digest == right
+
+
+def test_another_number_of_threads_or_processes_is_noted(started):
+    from mealfast import run_state, runtime
+
+    here, state = runtime.start("cpu", "off"), last(started["run_dir"])
+    assert run_state.notes(state, here) == []
+    (note,) = run_state.notes({**state, "threads": torch.get_num_threads() + 3}, here)
+    assert f"with {torch.get_num_threads() + 3} CPU threads a process, now there are {torch.get_num_threads()}" in note
+    (note,) = run_state.notes({**state, "processes": state["processes"] * 4}, here)
+    assert "written by 4 processes, now there are 1" in note
