@@ -64,7 +64,7 @@ def one_after_the_other(root: Path, fields: dict, names: list[str]) -> str:
     assert "process 0" not in said
     return (
         f"workers {', '.join(names[:-1])}: torchrun started them again, and they went on to files bit-identical to a "
-        "run left alone; the error that came first was printed first; a killed torchrun left no worker, a hung one included"
+        "run left alone; the error that came first was printed first; a killed torchrun left no worker, not a hung one"
     )
 
 
