@@ -81,7 +81,7 @@ def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     trainee = Trainee(student, Objective(recipe.hard_label_weight, discriminator), runtime)
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
-        trainee.student.compile()  # in place: the state dict keeps timm's keys
+        trainee.student.compile(dynamic=False)  # in place: the state dict keeps timm's keys
     optimizer = make_optimizer(recipe, trainee, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     wrapped = _distributed(trainee, recipe, runtime)

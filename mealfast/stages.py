@@ -124,7 +124,7 @@ def _teachers(run: Run, timer: Timer, images: torch.Tensor) -> Iterator[Stage]:
         if len(members) > 1:
             for report, teacher in zip(run.teacher_reports, members, strict=True):
                 # Alone it is compiled alone; the ensemble below is what a step runs.
-                call = torch.compile(teacher) if report.choice.layout.compiled else teacher
+                call = torch.compile(teacher, dynamic=False) if report.choice.layout.compiled else teacher
                 yield timer(f"teacher {report.spec}", lambda call=call: call(images))
         yield timer(ENSEMBLE, lambda: ensemble(images))
 

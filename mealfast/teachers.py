@@ -80,7 +80,7 @@ class FrozenEnsemble:
             members.append(teacher)
         self.module = Ensemble(members)
         if compile:
-            self.module.compile()  # one graph for all K, so that their small kernels fuse and launch together
+            self.module.compile(dynamic=False)  # one graph for all K: their small kernels launch together
         self._captured: CapturedForward | None = None
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, runtime
         teacher = Teacher(copy.deepcopy(folded), layout, runtime.device)
         if layout.compiled:
             torch.compiler.reset()  # all teachers share one forward, which recompiles only a few times
-            teacher.compile()
+            teacher.compile(dynamic=False)
         with torch.no_grad():
             return seconds_of(lambda: teacher(images), runtime.device)
 
