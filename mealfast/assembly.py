@@ -148,6 +148,12 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
     if runtime.world_size == 1:
         return trainee
     signature = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.15
+    # DDP lays its buckets out anew after its first step, by the order of the gradients it saw, and with another layout
+    # sums over three or more processes round differently: a resumed run's first step would not be what it would have
+    # been. Looking for unused parameters keeps the first layout; on a GPU, where nothing is bit-identical, speed wins.
+    on_cpu = runtime.device.type == "cpu"
+    if on_cpu:  # one that is unused, in no optimiser and no state dict: DDP warns where it finds none
+        trainee.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
     return DistributedDataParallel(
         trainee,
@@ -155,5 +161,6 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
         # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
         **{sync_buffers: False},
         gradient_as_bucket_view=True,
-        static_graph=recipe.accumulate == 1,
+        static_graph=recipe.accumulate == 1 and not on_cpu,
+        find_unused_parameters=on_cpu,
     )

@@ -118,6 +118,9 @@ class Recipe:
         choices=("auto", "bf16", "fp16", "off"),
     )
     compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
+    collective_timeout: int = option(
+        600, "machine", "seconds after which processes that wait for another one give up", metavar="SECONDS"
+    )
     cuda_graphs: str | None = option(
         None,
         "machine",
@@ -147,11 +150,18 @@ class Recipe:
     eval_every: int = option(1, "run", "epochs between evaluations; 0: only at the start and at the end")
     eval_start: bool = option(True, "run", "evaluate before the first step")
     keep: int = option(2, "run", "newest checkpoints kept (best.pt is kept besides)")
+    max_bad_steps: int = option(
+        20,
+        "run",
+        "steps in a row with a non-finite loss or gradient, all of them skipped, that end the run",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         for option_field in fields(self):
             self._check_choice(option_field)
         positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        positive += ("collective_timeout", "max_bad_steps")
         for name in positive:
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
         for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
@@ -236,6 +246,7 @@ class Recipe:
 RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+        "collective_timeout", "max_bad_steps",
         "cuda_graphs", "tune_teachers", "stage_report",
     }
 )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mealfast
@@ -52,6 +54,15 @@ def config(
         "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
         "write_through": writing.to_json() if writing else None,
     }
+
+
+def stored_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of an earlier process; {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, steps_per_epoch: int) -> list[str]:
