@@ -25,6 +25,7 @@ step throughput "$bin/python" "$here/throughput.py" --sizes 224 380 --batch 256 
 step kernels "$bin/python" "$here/kernels.py" --batch 256 65536 --classes 1000 --out "$out/kernels.jsonl"
 step loaders-224 "$bin/python" "$here/loaders.py" --size 224 --out "$out/loaders.jsonl"
 step loaders-380 "$bin/python" "$here/loaders.py" --size 380 --out "$out/loaders.jsonl"
+step labels "$bin/python" "$here/label_cache.py" --device cuda --out "$out/labels.jsonl"
 step report "$bin/python" "$here/report.py" "$out/throughput.jsonl" "$out/loaders.jsonl" --plot "$out/throughput.png"
 echo "everything lies in $out"
 if ((${#failed[@]})); then

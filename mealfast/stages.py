@@ -94,12 +94,20 @@ class Timer:
         """The stage called `name`; a call is one step's worth of it, on every process."""
         self.runtime.barrier()
         self.window(call, 2)  # compiles, fills queues
-        once = self.window(call, 1)
-        # The same number on every process, or their collectives would not meet.
-        calls = self.runtime.gather(max(1, round(self.seconds / WINDOWS / max(once, 1e-6))))[0]
+        calls = self._calls(call, self.seconds / WINDOWS)
         times = [self.window(call, calls) / calls for _ in range(WINDOWS)]
         low, middle, high = statistics.quantiles(times, n=4)
         return Stage(name, *(self.batch_size / one for one in (middle, high, low)), middle)
+
+    def _calls(self, call: Callable[[], Any], seconds: float) -> int:
+        """How many calls take about that long. A few alone would not tell: a loader has some batches ready."""
+        calls = 1
+        while True:
+            # The main process's, for all: with different numbers their collectives would not meet.
+            taken = self.runtime.gather(self.window(call, calls))[0]
+            if taken > seconds / 4:
+                return max(1, round(calls * seconds / taken))
+            calls *= 2
 
     def window(self, call: Callable[[], Any], calls: int) -> float:
         """Seconds that `calls` calls take, the device's work included."""

@@ -37,7 +37,7 @@ def stand_in(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     monkeypatch.setattr(cuda_graphs, "on_side_stream", lambda function: function())
-    monkeypatch.setattr("mealfast.assembly._check_cuda_graphs", lambda recipe, runtime: None)
+    monkeypatch.setattr("mealfast.assembly._check_cuda_graphs", lambda *of: None)
     return captured
 
 
