@@ -75,7 +75,8 @@ def launch(
     assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
     assert ids.is_contiguous()
     assert probabilities.is_contiguous()
-    block, options = blocks(max(classes, 2))  # topk sorts two or more
+    kept = max(2, triton.next_power_of_2(ids.shape[1]))  # topk sorts two or more
+    block, options = blocks(max(classes, 2))
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
@@ -85,8 +86,8 @@ def launch(
             exponent(temperature),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=classes,
-            BLOCK=block,
+            BLOCK=max(block, kept),
             K=ids.shape[1],
-            K_BLOCK=max(2, triton.next_power_of_2(ids.shape[1])),
+            K_BLOCK=kept,
             **options,
         )

@@ -77,18 +77,19 @@ class Oracle:
 
     def gradient_bound(self, dtype: torch.dtype) -> Tensor:
         """A row's: 2 eps of `dtype` x max|reference|; half the step between subnormals, which shows in float16 alone;
-        and 2 eps of the accumulation's dtype x the larger operand.
+        and 4 eps of the accumulation's dtype x the larger operand.
 
-        The last, because a gradient is the difference of two probabilities that have been rounded. Where the
-        accumulation is in float64, it is nothing. For the kernels it is nothing beside 2 eps of a 16-bit dtype unless
-        student and target agree to 1 in 10,000; in float32 it limits the gradient where they agree to less than a
-        factor of two. The student's largest class is not limited by its own rounding: it comes from the others.
+        The last, because a gradient is the difference of two probabilities, each within 2 eps of itself: one for its
+        exponential, one for its quotient and product. Where the accumulation is in float64, it is nothing. For the
+        kernels it is nothing beside 2 eps of a 16-bit dtype unless student and target agree to 1 in 10,000; in float32
+        it limits the gradient where they agree to less than a factor of two or so. The student's largest class is not
+        limited by its own rounding, eps of 1 where it is certain: it comes from the others.
         """
         info = torch.finfo(dtype)
         # The kernels', or PyTorch's and this oracle's, which add up over a row.
         accumulated = EPS if self.triton else self.gradient.shape[1] * torch.finfo(torch.float64).eps
         bound = 2 * info.eps * self.gradient.abs().amax(-1, keepdim=True) + info.smallest_normal * info.eps / 2
-        return bound + 2 * accumulated * self.operands
+        return bound + 4 * accumulated * self.operands
 
 
 worst: dict[tuple[str, str], float] = defaultdict(float)
