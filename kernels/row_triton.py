@@ -8,12 +8,14 @@ about 35 to 50 MB of rows on an H100, whose L2 cache has 50.
 
 Exponentials are of d = x - max x, as exp(d / T) = exp2(d * (log2(e) / T)): one multiply and one instruction. The
 roundings of d and of the product make them off by |d / T| eps, which a sum over many classes averages away, and the
-loss of a row where one class has nearly all does not: there, and only there, they are computed anew without those
-roundings.
+loss of a row where one class outweighs the others does not: there, and only there, they are computed anew without
+those roundings.
 
 What is left when 1 is taken from nearly 1 has no digits, so nothing here is computed so. With Z = 1 + others, where
 `others` leaves the student's largest class out: log Z is log1p(others), the gradient of that class is minus the sum of
-all the others' (a row of gradients adds up to 0), and its target is 1 minus the others'.
+all the others' (a row of gradients adds up to 0), and its target is 1 minus the others'. Nor are many small numbers
+added to one large number one after the other: each addition rounds the same way, and that does not average away. The
+small ones are added up first.
 
 Quotients are tl.div_rn, once a row: `/` is an approximate division on a GPU, off by up to 2 units in the last place.
 Strides and C are constexpr: that is how Triton sees that a row of 1000 bfloat16 begins at a multiple of 16 bytes, and
@@ -34,9 +36,10 @@ from .dispatch import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 ROW_LIMIT = 4096
 CHUNK = 1024
-# A row is confident where the exponentials of all classes but the largest add up to less: probability 0.94 or more. In
-# other rows an exponential that weighs much has a d / T of -2.8 or more, which its roundings take less than 3 eps from.
-CONFIDENT = tl.constexpr(1 / 16)
+# A row is confident where the exponentials of all classes but the largest add up to less: a probability above 1/2.
+CONFIDENT = tl.constexpr(1.0)
+# A target's probabilities above this, 16 at most, are added up apart from the rest.
+LARGE = tl.constexpr(1 / 17)
 
 
 def blocks(classes: int) -> tuple[int, dict[str, int]]:
@@ -130,18 +133,19 @@ def precise_exp(x, top, exponent):
     d = x - top
     back = d - x
     lost = (x - (d - back)) - (top + back)  # by d's rounding: x - top is d + lost
-    n = tl.floor(d * exponent[0] + 0.5)
-    n = tl.where(n < -200.0, -200.0, n)  # where the result is 0
+    # To a whole number by adding 1.5 * 2^23, whose last bits are then n's. Below -126 the remainder does it: to 0.
+    shifted = tl.maximum(tl.fma(d, exponent[0], 12582912.0), 12582912.0 - 126.0)
+    n = shifted - 12582912.0
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^n
     remainder = ((d - n * exponent[1]) - n * exponent[2]) + lost
-    e = tl.exp2(remainder * exponent[0]) * tl.exp2(n)
-    return tl.where(d == -float("inf"), 0.0, e)
+    return tl.where(d == -float("inf"), 0.0, tl.exp2(remainder * exponent[0]) * power)
 
 
 @triton.jit
-def exp_over_t(x, top, total, exponent):
-    """exp((x - top) / T) of logits of a row whose maximum is `top`; `total` is their sum over the row."""
+def exp_over_t(x, top, others, exponent):
+    """exp((x - top) / T) of logits of a row whose maximum is `top`; `others` is their sum over the row without it."""
     e = tl.exp2((x - top) * exponent[0])
-    if total < 1.0 + CONFIDENT:
+    if others < CONFIDENT:
         e = precise_exp(x, top, exponent)
     return e
 
@@ -172,23 +176,26 @@ def x_log2_x(x):
 
 @triton.jit
 def sweep(row, exponent, C: tl.constexpr, BLOCK: tl.constexpr):
-    """First sweep over a long row [C]: m = max x, its class, and sum exp((x - m) / T), with one exponential a logit.
+    """First sweep over a long row [C], one exponential a logit: m = max x, its class, and sum exp((x - m) / T) without
+    the 1 of that class.
 
     Each lane keeps its own running maximum and sum, so that the loop holds no barrier.
     """
     top = load_logits(row, 0, C, BLOCK, "evict_last").to(tl.float32)
-    total = tl.full([BLOCK], 1.0, tl.float32)
+    others = tl.zeros([BLOCK], tl.float32)  # sum exp((x - top) / T) without top's own 1
     start = tl.zeros([BLOCK], tl.int32)  # of the chunk that a lane's maximum is in
     for first in tl.range(BLOCK, C, BLOCK, loop_unroll_factor=2):
         x = load_logits(row, first, C, BLOCK, "evict_last").to(tl.float32)
         # Of exp(x - m) and exp(m - m_old), one is always 1. Equal values are -inf - -inf for masked classes: not NaN.
         e = tl.where(x == top, 1.0, tl.exp2(-tl.abs(x - top) * exponent[0]))
-        total = tl.where(x > top, total * e + 1.0, total + e)
+        others = others * tl.where(x > top, e, 1.0) + e
         start = tl.where(x > top, first, start)
         top = tl.maximum(top, x)
     m = tl.max(top, 0)
-    at = tl.min(tl.where(top == m, start + tl.arange(0, BLOCK), C), 0)  # C where a NaN leaves no maximum
-    return m, at, tl.sum(total * tl.exp2((top - m) * exponent[0]), 0)
+    classes = start + tl.arange(0, BLOCK)
+    at = tl.min(tl.where(top == m, classes, C), 0)  # C where a NaN leaves no maximum
+    e = tl.exp2((top - m) * exponent[0])
+    return m, at, tl.sum(others * e + tl.where(classes == at, 0.0, e), 0)
 
 
 @triton.jit
@@ -214,7 +221,7 @@ def target_row(
         total = tl.sum(e, 0)
         if total < 1.0 + CONFIDENT:
             e = precise_exp(logits, top, exponent)
-            total = tl.sum(e, 0)
+            total = 1.0 + tl.sum(tl.where(logits == top, 0.0, e), 0)
         target += e * tl.div_rn(weights[k], total)
     return target
 
@@ -229,16 +236,17 @@ def teacher_sums(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """First sweep over K long rows: K maxima, K sums of exp((t_k - max t_k) / T), and the K weights over them."""
+    """First sweep over K long rows: K maxima, K sums of exp((t_k - max t_k) / T) without one largest, which is 1, and
+    the K weights over the whole sums."""
     tops = ()
-    totals = ()
+    others = ()
     factors = ()
     for k in tl.static_range(len(teachers)):
-        top, _, total = sweep(teachers[k] + row * teacher_strides[k], exponent, C, BLOCK)
+        top, _, rest = sweep(teachers[k] + row * teacher_strides[k], exponent, C, BLOCK)
         tops = tops + (top,)  # noqa: RUF005 (Triton has no starred tuples)
-        totals = totals + (total,)  # noqa: RUF005
-        factors = factors + (tl.div_rn(weights[k], total),)  # noqa: RUF005
-    return tops, totals, factors
+        others = others + (rest,)  # noqa: RUF005
+        factors = factors + (tl.div_rn(weights[k], 1.0 + rest),)  # noqa: RUF005
+    return tops, others, factors
 
 
 @triton.jit
@@ -253,9 +261,9 @@ def target_chunk(
     BLOCK: tl.constexpr,
 ):
     """Second sweep: Eq. 1 for BLOCK classes of one row."""
-    tops, totals, factors = sums
+    tops, others, factors = sums
     target = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(len(teachers)):
         logits = load_logits(teachers[k] + row * teacher_strides[k], first, C, BLOCK, "evict_first").to(tl.float32)
-        target += exp_over_t(logits, tops[k], totals[k], exponent) * factors[k]
+        target += exp_over_t(logits, tops[k], others[k], exponent) * factors[k]
     return target

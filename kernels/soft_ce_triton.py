@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .row_triton import (
+    LARGE,
     assert_outputs,
     assert_rows,
     blocks,
@@ -77,7 +78,12 @@ def _one_row(
     # The d of the student's largest class where it and its target are best known from the others; else no d at all.
     from_others = tl.where(others < 1.0, tl.where(other_targets < 0.5, 0.0, 1.0), 1.0)
     if loss is not None:
-        expected_d = tl.sum(tl.where(target == 0.0, 0.0, target * d), 0)
+        target_d = tl.where(target == 0.0, 0.0, target * d)
+        if other_targets < 0.5:  # the largest term, if one stands out, is the 0 of d = 0
+            expected_d = tl.sum(target_d, 0)
+        else:
+            expected_d = tl.sum(tl.where(target > LARGE, target_d, 0.0), 0)
+            expected_d += tl.sum(tl.where(target > LARGE, 0.0, target_d), 0)
         x_log_x = tl.sum(tl.where(d == from_others, 0.0, x_log2_x(target)), 0) * LN2
         x_log_x += tl.where(from_others == 0.0, (1.0 - other_targets) * log1p(-other_targets), 0.0)
         _store_samples(loss, kl, row, others, expected_d, x_log_x, one_over_t)
@@ -107,23 +113,26 @@ def _long_row(
 ):
     """A row of several chunks, swept twice."""
     sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK)
-    top, at, z = sweep(student + row * student_stride, exponent, C, BLOCK)
-    one_over_z = tl.div_rn(1.0, z)
+    top, at, rough_others = sweep(student + row * student_stride, exponent, C, BLOCK)
+    one_over_z = tl.div_rn(1.0, 1.0 + rough_others)
     # A lane adds up its own classes, so that the loop holds no barrier.
     others = tl.zeros([BLOCK], tl.float32)
     other_targets = tl.zeros([BLOCK], tl.float32)
     top_target = tl.zeros([BLOCK], tl.float32)
     expected_d = tl.zeros([BLOCK], tl.float32)
+    expected_large_d = tl.zeros([BLOCK], tl.float32)
     negative_entropy = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK)
         s = load_logits(student + row * student_stride, first, C, BLOCK, "evict_first").to(tl.float32)
-        e = exp_over_t(s, top, z, exponent)
+        e = exp_over_t(s, top, rough_others, exponent)
         is_top = first + tl.arange(0, BLOCK) == at
         others += tl.where(is_top, 0.0, e)
         other_targets += tl.where(is_top, 0.0, target)
         if loss is not None:
-            expected_d += tl.where(target == 0.0, 0.0, target * (s - top))
+            target_d = tl.where(target == 0.0, 0.0, target * (s - top))
+            expected_d += tl.where(target > LARGE, 0.0, target_d)
+            expected_large_d += tl.where(target > LARGE, target_d, 0.0)
             if kl is not None:
                 top_target += tl.where(is_top, target, 0.0)
                 negative_entropy += tl.where(is_top, 0.0, x_log2_x(target))
@@ -135,7 +144,8 @@ def _long_row(
         p = tl.sum(top_target, 0)
         top_log = tl.where(sum_other_targets < 0.5, log1p(-sum_other_targets), tl.log(p))
         x_log_x = tl.sum(negative_entropy, 0) * LN2 + tl.where(p == 0.0, 0.0, p * top_log)
-        _store_samples(loss, kl, row, sum_others, tl.sum(expected_d, 0), x_log_x, one_over_t)
+        sum_expected_d = tl.sum(expected_d, 0) + tl.sum(expected_large_d, 0)
+        _store_samples(loss, kl, row, sum_others, sum_expected_d, x_log_x, one_over_t)
     if gradient is not None:
         top_g = sum_other_targets - sum_others * one_over_z
         at = tl.where(sum_others < 1.0, at, C)  # else better known from itself, as it stands

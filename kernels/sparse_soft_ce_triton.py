@@ -93,16 +93,16 @@ def _row(
         top = tl.max(s, 0)
         d, e, others = exp_and_others(s, exponent)
         at = tl.min(tl.where(d == 0.0, tl.arange(0, BLOCK), C), 0)
-        z = 1.0 + others
-        mass_over_z = tl.div_rn(mass, z)
+        rough_others = others
+        mass_over_z = tl.div_rn(mass, 1.0 + others)
         if loss is not None:
             finite = tl.sum(_finite(d), 0)
             masked = tl.sum(tl.where((d == -float("inf")) & (tl.arange(0, BLOCK) < C), 1.0, 0.0), 0)
         if gradient is not None:
             store_row(gradient + row * C, 0, (e * mass_over_z - rest) * factor, C, BLOCK)
     else:
-        top, at, z = sweep(student, exponent, C, BLOCK)
-        mass_over_z = tl.div_rn(mass, z)
+        top, at, rough_others = sweep(student, exponent, C, BLOCK)
+        mass_over_z = tl.div_rn(mass, 1.0 + rough_others)
         others_of = tl.zeros([BLOCK], tl.float32)  # of each lane, so that the loop holds no barrier
         finite_of = tl.zeros([BLOCK], tl.float32)
         masked_of = tl.zeros([BLOCK], tl.float32)
@@ -110,7 +110,7 @@ def _row(
             classes = first + tl.arange(0, BLOCK)
             s = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32)
             d = s - top
-            e = exp_over_t(s, top, z, exponent)
+            e = exp_over_t(s, top, rough_others, exponent)
             others_of += tl.where(classes == at, 0.0, e)
             if loss is not None:
                 finite_of += _finite(d)
@@ -128,7 +128,7 @@ def _row(
         top_kept = tl.sum(tl.where(valid & (i == at), 1.0, 0.0), 0)
         other_mass = tl.sum(tl.where(valid & (i == at), 0.0, p), 0) + rest * ((C - K - 1) + top_kept)
         g_top = other_mass - others * mass_over_z
-        g = tl.where(i == at, g_top, exp_over_t(s_kept, top, z, exponent) * mass_over_z - p) * factor
+        g = tl.where(i == at, g_top, exp_over_t(s_kept, top, rough_others, exponent) * mass_over_z - p) * factor
         tl.debug_barrier()  # what follows overwrites what other threads have just stored
         tl.store(gradient + row * C + at, (g_top * factor).to(gradient.dtype.element_ty), mask=at < C)
         tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)

@@ -215,6 +215,15 @@ def test_topk_sizes(device, size, dtype):
     check_topk(teachers, k, [3.0, 1.0, 2.0], 1.5)
 
 
+def test_topk_beyond_a_chunk(triton_device, monkeypatch):
+    """k = 20 of a row in chunks of 16, which have to grow; the kernel's own, of 1024, take the interpreter a minute."""
+    from mealfast.kernels import topk_targets_triton
+
+    monkeypatch.setattr(topk_targets_triton, "blocks", lambda classes: (16, {"num_warps": 1}))
+    teachers = [logits(2, 100, dtype=torch.bfloat16, device=triton_device, seed=i) for i in range(2)]
+    check_topk(teachers, 20, [2.0, 1.0], 1.0)
+
+
 @settings(
     max_examples=10 if INTERPRETED else 50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
