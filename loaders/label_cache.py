@@ -30,13 +30,28 @@ class LabelCache:
         for view in self._records:
             self._check_size(view)
 
+    def refresh(self) -> None:
+        """Takes up the views that have become complete since."""
+        self.header = read_header(self.folder)
+        self._records = {record.view: record for record in self.header.complete}
+
+    def has(self, view: int) -> bool:
+        """Whether a view is complete."""
+        return view in self._records
+
     def require_complete(self) -> None:
         """Raises DataError where views are missing."""
         have, views = len(self._records), self.header.views
+        if have < views and self.header.explicit:
+            raise DataError(
+                f"label cache {self.folder}: {have} of its {views} views are complete; run the same `mealfast labels "
+                "import-fkd` again"
+            )
         if have < views:
             raise DataError(
                 f"label cache {self.folder}: {have} of its {views} views are complete; run the same `mealfast labels "
-                f"build` again{f', or with --views {have} to make do with these' if have else ''}"
+                f"build` again{f', or with --views {have} to make do with these' if have else ''}; or train with the "
+                "--teachers that it is of, which adds the missing ones"
             )
 
     def view(self, view: int) -> np.ndarray:
@@ -90,6 +105,8 @@ def bad_rows(rows: np.ndarray, classes: int) -> str:
     """What is wrong with targets, [B] of `CacheHeader.row`; empty where nothing is."""
     if int(rows["ids"].max(initial=0)) >= classes or int(rows["ids"].min(initial=0)) < 0:
         return f"an id is not one of the {classes} classes"
+    if "flip" in rows.dtype.names and int(rows["flip"].max(initial=0)) > 1:
+        return "a flip is neither 0 nor 1"
     # Of non-negative float16 numbers the order is that of their bits; a sign bit or a NaN makes them larger than one's.
     if (rows["probabilities"].copy().view("<u2") > np.float16(1).view(np.uint16)).any():
         return "a probability is not from 0 to 1"

@@ -23,7 +23,9 @@ from .views import ViewPlan
 
 HEADER = "header.json"
 FORMAT = "mealfast label cache"
-VERSION = 1
+VERSION = 1  # of caches whose boxes follow from the plan
+EXPLICIT_VERSION = 2  # of caches that hold their boxes
+EXPLICIT = "explicit"  # the law of such a cache's plan
 LARGEST_HEADER = 1 << 26  # bytes; 100,000 views take 20 MB
 LARGEST_K = 4096
 _LIMITS = {"images": 1 << 40, "views": 1_000_000, "top_k": LARGEST_K, "classes": (1 << 31) - 1}
@@ -56,10 +58,17 @@ class CacheHeader:
     temperature: float = 1.0
 
     @property
+    def explicit(self) -> bool:
+        """Whether the cache holds its crop boxes and flips, as an imported one does."""
+        return self.plan.get("law") == EXPLICIT
+
+    @property
     def row(self) -> np.dtype:
-        """One image's target as it lies in a view's file: `ids` [k] and `probabilities` [k], little-endian."""
+        """One image's target as it lies in a view's file, little-endian: `ids` [k] and `probabilities` [k]; in an
+        explicit cache also `box` [4] (x, y, width, height, pixels) and `flip`."""
         ids = "<u2" if self.classes <= 1 << 16 else "<i4"
-        return np.dtype([("ids", ids, (self.top_k,)), ("probabilities", "<f2", (self.top_k,))])
+        target = [("ids", ids, (self.top_k,)), ("probabilities", "<f2", (self.top_k,))]
+        return np.dtype([*target, ("box", "<u2", (4,)), ("flip", "u1")] if self.explicit else target)
 
     @property
     def bytes_per_view(self) -> int:
@@ -86,7 +95,7 @@ class CacheHeader:
         }
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": EXPLICIT_VERSION if self.explicit else VERSION,
             "byte_order": "little",
             **fields,
             "teachers": [dict(teacher) for teacher in self.teachers],
@@ -130,8 +139,10 @@ def read_header(folder: Path) -> CacheHeader:
         raise DataError(f"{path}: is damaged (no JSON); copy or build the cache again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: is no header of a label cache (format must be '{FORMAT}')")
-    if content.get("version") != VERSION:
-        raise DataError(f"{path}: version {content.get('version')!r}; this mealfast reads version {VERSION}")
+    if content.get("version") not in (VERSION, EXPLICIT_VERSION):
+        raise DataError(
+            f"{path}: version {content.get('version')!r}; this mealfast reads versions {VERSION} and {EXPLICIT_VERSION}"
+        )
     if content.get("byte_order") != "little":
         raise DataError(f"{path}: byte order {content.get('byte_order')!r}; it must be 'little': build the cache again")
     try:
@@ -187,7 +198,13 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
     plan, made_with = content["plan"], content["made_with"]
     if not isinstance(plan, dict) or not isinstance(made_with, dict):
         raise ValueError("plan and made_with must be objects")
-    _check_plan(plan, content["images"])
+    explicit = content["version"] == EXPLICIT_VERSION
+    if (plan["law"] == EXPLICIT) != explicit:
+        raise ValueError(f"plan's law {plan['law']!r} does not go with version {content['version']}")
+    if plan["images"] != content["images"]:
+        raise ValueError("plan's images must be those of the cache")
+    if not explicit:
+        _check_plan(plan)
     if any(type(made_with[name]) is not int or made_with[name] < 1 for name in ("batch_size", "rows_per_part")):
         raise ValueError("batch_size and rows_per_part must be 1 or more")
     _text(made_with["precision"]), _text(made_with["loader"])
@@ -216,13 +233,11 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
     return header
 
 
-def _check_plan(plan: dict[str, Any], images: int) -> None:
+def _check_plan(plan: dict[str, Any]) -> None:
     if type(plan["seed"]) is not int or not 0 <= plan["seed"] < 2**64:
         raise ValueError("plan's seed must be from 0 to 2**64 - 1")
     if type(plan["size"]) is not int or not 1 <= plan["size"] <= 8192:
         raise ValueError("plan's size must be from 1 to 8192")
-    if plan["images"] != images:
-        raise ValueError("plan's images must be those of the cache")
     for name, count in (("scale", 2), ("ratio", 2), ("flip", 1)):
         values = plan[name] if count == 2 else [plan[name]]
         if not isinstance(values, list) or len(values) != count or any(type(v) not in (int, float) for v in values):

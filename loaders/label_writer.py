@@ -33,23 +33,25 @@ _OPTIONS = {
 
 
 @contextmanager
-def claim_label_cache(folder: Path, header: CacheHeader) -> Iterator[int]:
+def claim_label_cache(folder: Path, header: CacheHeader, *, by_training: bool = False) -> Iterator[int]:
     """Makes `folder` ready for the targets of `header`, or ready to go on; the main process does it before all others.
 
-    Keeps complete views and journaled parts whose bytes are right. The folder is this process's until the block ends;
-    yields how many bytes are still to be written. Raises DataError: the folder holds something else or other targets,
-    another build is at work in it, the disk cannot hold the rest.
+    Keeps complete views, journaled parts whose bytes are right, and spools. The folder is this process's until the
+    block ends; yields how many bytes are still to be written. A training run, which writes by `LabelSpool`, may go on
+    with a cache that was begun in batches of another size. Raises DataError: the folder holds something else or other
+    targets, another process is at work in it, the disk cannot hold the rest.
     """
+    option = "--label-cache" if by_training else "--out"
     with ExitStack() as stack:
         if folder.is_dir():
-            stack.enter_context(_locked(folder))
-        with _clear_errors(folder):
-            header, parts = _found(folder, header)
+            stack.enter_context(_locked(folder, option))
+        with clear_errors(folder, option):
+            header, parts = _found(folder, header, option)
             todo = _bytes_to_write(header, parts)
-            _check_space(folder, todo)
+            _check_space(folder, todo + by_training * header.images * (8 + header.row.itemsize), option)
             if not folder.is_dir():
                 folder.mkdir(parents=True)
-                stack.enter_context(_locked(folder))
+                stack.enter_context(_locked(folder, option))
             views = set(map(view_name, range(header.views)))
             leftovers = [path for path in folder.glob("view-*.bin") if path.name not in views]
             for path in [*folder.glob(".*.tmp"), *leftovers]:
@@ -80,20 +82,31 @@ class LabelWriter:
         """First row of a part and the row after its last."""
         return _rows(self.header, part)
 
-    def write(self, view: int, part: int, ids: np.ndarray, probabilities: np.ndarray) -> None:
+    def write(
+        self,
+        view: int,
+        part: int,
+        ids: np.ndarray,
+        probabilities: np.ndarray,
+        boxes: np.ndarray | None = None,
+        flips: np.ndarray | None = None,
+    ) -> None:
         """Puts a part on disk: ids integer [B, k], probabilities float [B, k], for the rows of the part in order.
 
-        Raises DataError: a target that is not finite, a full disk.
+        An explicit cache takes boxes integer [B, 4] and flips bool [B] too. Raises DataError: a target that is not
+        finite, a full disk.
         """
         first, last = self.rows(part)
         rows = np.empty(last - first, self.header.row)
         rows["ids"], rows["probabilities"] = ids, probabilities
+        if self.header.explicit:
+            rows["box"], rows["flip"] = boxes, flips
         if bad := bad_rows(rows, self.header.classes):
             raise DataError(
                 f"--teachers: the target of view {view}, images {first} to {last - 1}, is no distribution ({bad}); "
                 "look for damaged weights, or use --amp off"
             )
-        with _clear_errors(self._folder):
+        with clear_errors(self._folder):
             descriptor = os.open(self._folder / view_name(view), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 if os.fstat(descriptor).st_size != self.header.bytes_per_view:
@@ -106,7 +119,7 @@ class LabelWriter:
 
     def complete_views(self) -> None:
         """Enters into the header every view whose parts all processes have written by now. The main process only."""
-        with _clear_errors(self._folder):
+        with clear_errors(self._folder):
             self._journals.refresh()
             parts = range(parts_per_view(self.header))
             for view in {view for view, _ in self._journals.parts} - set(self._complete):
@@ -121,8 +134,8 @@ class LabelWriter:
         self.complete_views()
         if not self.header.is_complete:
             raise DataError(f"label cache {self._folder}: parts of a process are missing; run the same command again")
-        with _clear_errors(self._folder):
-            for path in self._journals.paths():
+        with clear_errors(self._folder):
+            for path in (*self._journals.paths(), *self._folder.glob("spool-*.bin")):
                 path.unlink()
 
     def close(self) -> None:
@@ -150,9 +163,9 @@ def _rows(header: CacheHeader, part: int) -> tuple[int, int]:
     return part * rows, min((part + 1) * rows, header.images)
 
 
-def _found(folder: Path, header: CacheHeader) -> tuple[CacheHeader, dict[tuple[int, int], int]]:
+def _found(folder: Path, header: CacheHeader, option: str) -> tuple[CacheHeader, dict[tuple[int, int], int]]:
     """`header` with the views that are complete in `folder`, and the parts of other views whose bytes are right."""
-    stored = _stored(folder, header)
+    stored = _stored(folder, header, option)
     complete = tuple(view for view in stored.complete if _size(folder, view.view) == header.bytes_per_view)
     header = dataclasses.replace(stored, views=header.views, complete=complete)  # what it says of machines stays
     journals = Journals(folder)
@@ -165,38 +178,55 @@ def _bytes_to_write(header: CacheHeader, parts: dict[tuple[int, int], int]) -> i
     return (header.images * (header.views - len(header.complete)) - done) * header.row.itemsize
 
 
-def _check_space(folder: Path, todo: int) -> None:
+def _check_space(folder: Path, todo: int, option: str) -> None:
     present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(present).free
     if todo > free:
         raise DataError(
-            f"--out {folder}: {todo / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free: free "
-            "some, or lower --views or --top-k"
+            f"{option} {folder}: {todo / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free: "
+            f"free some, or lower {_option('views', option)} or {_option('top_k', option)}"
         )
 
 
-def _stored(folder: Path, header: CacheHeader) -> CacheHeader:
+def _stored(folder: Path, header: CacheHeader, option: str) -> CacheHeader:
     """The header that lies in `folder`, checked to be of the same targets; `header` where the folder is new."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--out {folder}: is a file; give a folder for the label cache")
-    if folder.is_dir() and not (folder / HEADER).exists():
-        if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
-            raise DataError(f"--out {folder}: holds something else; give a new folder, or one with a label cache")
-        return header
-    if not folder.exists():
+    if not holds_label_cache(folder, option):
         return header
     stored = read_header(folder)
+    if stored.explicit != header.explicit:
+        whose = ("an imported one", "one of `labels build`")[:: 1 if stored.explicit else -1]
+        raise DataError(f"{option} {folder}: holds another kind of label cache, {whose[0]}, not {whose[1]}")
     for what, old, new in differences(stored, header):
-        option = _OPTIONS.get(what, "--" + what.replace("_", "-"))
+        if option != "--out" and what in ("batch_size", "rows_per_part"):
+            continue
         raise DataError(
-            f"--out {folder}: holds a label cache with other targets: {option} ({what} {_words(old)} there, "
-            f"{_words(new)} here); use the same options or another folder"
+            f"{option} {folder}: holds a label cache with other targets: {_option(what, option)} ({what} {_words(old)} "
+            f"there, {_words(new)} here); use the same options or another folder"
         )
     if stored.complete and stored.complete[-1].view >= header.views:
         raise DataError(
-            f"--views {header.views}: {folder} holds {len(stored.complete)} complete views; ask for as many or more"
+            f"{_option('views', option)} {header.views}: {folder} holds {len(stored.complete)} complete views; ask for "
+            "as many or more"
         )
     return stored
+
+
+def holds_label_cache(folder: Path, option: str) -> bool:
+    """Whether there is a cache; False where one can be made. Raises DataError: something else lies there."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{option} {folder}: is a file; give a folder for the label cache")
+    if not folder.exists() or (folder / HEADER).exists():
+        return folder.exists()
+    if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise DataError(f"{option} {folder}: holds something else; give a new folder, or one with a label cache")
+    return False
+
+
+def _option(what: str, command: str) -> str:
+    """The option that sets a field of a header, of `labels build` or of `train`, which has its cache's by prefix."""
+    if command != "--out" and what in ("views", "top_k"):
+        return f"{command}-{what.replace('_', '-')}"
+    return _OPTIONS.get(what, "--" + what.replace("_", "-"))
 
 
 def _sound_parts(folder: Path, header: CacheHeader, parts: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
@@ -231,14 +261,16 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, option: str) -> Iterator[None]:
     """Keeps a second build out of the folder as long as this process lives, where the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"--out {folder}: another build is writing there; wait, or give another folder") from None
+            raise DataError(
+                f"{option} {folder}: another build is writing there; wait, or give another folder"
+            ) from None
         except OSError:
             pass  # a network file system without locks
         yield
@@ -247,14 +279,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
+def clear_errors(folder: Path, option: str = "--out") -> Iterator[None]:
     """Turns what the file system refuses into one line."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"--out {error.filename or folder}: {error.strerror or error}; what is complete is kept: mend that and run "
-            "the same command again"
+            f"{option} {error.filename or folder}: {error.strerror or error}; what is complete is kept: mend that and "
+            "run the same command again"
         ) from None
 
 

@@ -47,6 +47,7 @@ class TrainSteps:
         rank: int,
         world_size: int,
         label_cache: LabelCache | None = None,
+        live_epochs: range = range(0),
     ):
         """`batch_size` is the global batch. Raises DataError where sizes and ranks do not fit."""
         check_rank(rank, world_size)
@@ -62,7 +63,7 @@ class TrainSteps:
         self.rows_per_batch = batch_size // world_size
         self._batch_size, self._start, self._stop, self._rank = batch_size, start_step, stop_step, rank
         self._steps_per_epoch = len(index) // batch_size
-        self._plan, self._label_cache = plan, label_cache
+        self._plan, self._label_cache, self._live_epochs = plan, label_cache, live_epochs
         self._epochs = _PlannedEpochs(plan, last=(stop_step - 1) // self._steps_per_epoch)
 
     def __len__(self) -> int:
@@ -83,10 +84,14 @@ class TrainSteps:
             yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.epoch)
 
     def targets(self, views: Views, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """The label cache's targets of the images `shown` int64 [B] in the epoch of `views`, those of stand-ins too."""
-        if self._label_cache is None:
+        """The label cache's targets of the images `shown` int64 [B] in the epoch of `views`, those of stand-ins too.
+
+        None where the teachers run: in the epochs that make the cache's views, and while a view is not complete.
+        """
+        view = self._plan.view_of_epoch(views.epoch)
+        if self._label_cache is None or views.epoch in self._live_epochs or not self._label_cache.has(view):
             return None
-        return self._label_cache.targets(self._plan.view_of_epoch(views.epoch), shown)
+        return self._label_cache.targets(view, shown)
 
     def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
         return _planned(self.size, indices, boxes, flips, epoch)
@@ -101,8 +106,11 @@ class LabelSteps:
     windowed = False
     replaceable = False  # a target must be of the image it stands for
 
-    def __init__(self, index: ImageIndex, plan: ViewPlan, batches: Sequence[tuple[int, int]], *, batch_size: int):
-        """`batches` lists (view, first row) of each; a batch holds `batch_size` images, the last of a view fewer."""
+    def __init__(
+        self, index: ImageIndex, plan: ViewPlan, batches: Sequence[tuple[int, int | np.ndarray]], *, batch_size: int
+    ):
+        """`batches` lists (view, first row) of each, which then holds `batch_size` images, the last of a view fewer; or
+        (view, rows int64 [B])."""
         if len(plan) != len(index):
             raise DataError(f"view plan: made for {len(plan)} images, but the index holds {len(index)}")
         if batch_size < 1:
@@ -121,7 +129,9 @@ class LabelSteps:
         if self._latest is None or self._latest[0] != view:
             self._latest = (view, *self._plan.views(view))
         _, boxes, flips = self._latest
-        indices = np.arange(first, min(first + self.rows_per_batch, len(self._plan)), dtype=np.int64)
+        indices = first
+        if not isinstance(first, np.ndarray):
+            indices = np.arange(first, min(first + self.rows_per_batch, len(self._plan)), dtype=np.int64)
         return _planned(self.size, indices, boxes, flips, view)
 
     def substitutes(self, views: Views, row: int):

@@ -20,6 +20,7 @@ COMMANDS = {
     "index": ("mealfast.index_command", "index_command", "what a folder of images holds, and what cannot be read"),
     "pack": ("mealfast.pack_command", "pack_command", "an image tree as a few large tar shards"),
     "labels": ("mealfast.labels_command", "labels_command", "the teachers' targets on disk: build, info, verify"),
+    "forecast": ("mealfast.forecast_command", "forecast_command", "each stage's speed, the bottleneck, the hours"),
     "figures": ("mealfast.figures", "figures_command", "curves of one or more runs"),
     "demo": ("mealfast.demo", "demo_command", "the whole job on real handwritten digits, in about three minutes"),
 }

@@ -47,9 +47,11 @@ class Parts:
 
     trainee: Trainee
     wrapped: nn.Module
-    teachers: FrozenEnsemble | None
+    loaded_teachers: list[models.NormalizedModel]  # as loaded, until they are made ready
+    teachers: FrozenEnsemble | None  # ready to be called: teacher_setup.prepare
     teacher_digests: list[str]
-    label_cache: LabelCache | None
+    live_teachers: tuple[str, ...]  # specs of those that run
+    label_cache: LabelCache | None  # that stands in for the teachers throughout
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool
@@ -59,18 +61,23 @@ class Parts:
         return self.trainee.student
 
 
-def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
-    """Builds everything. Raises UsageError for wrong specs, weights, sizes and combinations."""
-    label_cache = open_label_cache(recipe)
+def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) -> Parts:
+    """Builds everything; the teachers too where the run writes a label cache.
+
+    Raises UsageError for wrong specs, weights, sizes and combinations.
+    """
+    label_cache = None if writes_cache else open_label_cache(recipe)
+    live_teachers = recipe.teachers if writes_cache else recipe.live_teachers
+    _check_cuda_graphs(recipe, runtime, writes_cache)
     torch.manual_seed(
         recipe.seed
     )  # random weights; the student comes first, so that they do not depend on the teachers
     student = models.build(recipe.student, recipe.size)
-    teachers = [models.build(spec, recipe.size) for spec in recipe.live_teachers]
-    models.check_classes(recipe.live_teachers, teachers, recipe.student, student.num_classes)
+    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    models.check_classes(live_teachers, teachers, recipe.student, student.num_classes)
     digests = [models.digest(teacher) for teacher in teachers]
-    models.check_distinct(recipe.live_teachers, digests)
-    for model, spec in zip((student, *teachers), (recipe.student, *recipe.live_teachers), strict=True):
+    models.check_distinct(live_teachers, digests)
+    for model, spec in zip((student, *teachers), (recipe.student, *live_teachers), strict=True):
         models.probe(model, spec, recipe.size)
 
     mode = recipe.discriminator_mode
@@ -79,14 +86,29 @@ def assemble(recipe: Recipe, runtime: Runtime) -> Parts:
     trainee = Trainee(student, Objective(recipe.hard_label_weight, discriminator), runtime)
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
-        trainee.student.compile()  # in place: the state dict keeps timm's keys
-    ensemble = FrozenEnsemble(teachers, runtime, compile=compile) if teachers else None
+        trainee.student.compile(dynamic=False)  # in place: the state dict keeps timm's keys
     optimizer = make_optimizer(recipe, trainee, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    return Parts(trainee, wrapped, ensemble, digests, label_cache, optimizer, scaler, compile)
+    return Parts(trainee, wrapped, teachers, None, digests, live_teachers, label_cache, optimizer, scaler, compile)
+
+
+def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> None:
+    if recipe.cuda_graphs in (None, "off"):
+        return
+    option = f"--cuda-graphs {recipe.cuda_graphs}"
+    if runtime.device.type != "cuda":
+        raise UsageError(f"{option} needs a GPU: leave it out on the CPU")
+    if recipe.cuda_graphs == "step" and runtime.amp_dtype == torch.float16:
+        raise UsageError(f"{option} cannot scale float16 gradients: use --amp bf16, or --cuda-graphs ensemble")
+    if recipe.cuda_graphs == "step" and writes_cache:
+        raise UsageError(
+            f"{option}: a run that writes its label cache has steps of two kinds; use --cuda-graphs ensemble"
+        )
+    if recipe.cuda_graphs == "step" and recipe.optimizer != "sgd":
+        raise UsageError(f"{option} needs --optimizer sgd, whose learning rate can lie on the GPU")
 
 
 def make_optimizer(recipe: Recipe, trainee: Trainee, runtime: Runtime) -> torch.optim.Optimizer:
@@ -126,6 +148,12 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
     if runtime.world_size == 1:
         return trainee
     signature = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.15
+    # DDP lays its buckets out anew after its first step, by the order of the gradients it saw, and with another layout
+    # sums over three or more processes round differently: a resumed run's first step would not be what it would have
+    # been. Looking for unused parameters keeps the first layout; on a GPU, where nothing is bit-identical, speed wins.
+    on_cpu = runtime.device.type == "cpu"
+    if on_cpu:  # one that is unused, in no optimiser and no state dict: DDP warns where it finds none
+        trainee.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
     return DistributedDataParallel(
         trainee,
@@ -133,5 +161,6 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
         # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
         **{sync_buffers: False},
         gradient_as_bucket_view=True,
-        static_graph=recipe.accumulate == 1,
+        static_graph=recipe.accumulate == 1 and not on_cpu,
+        find_unused_parameters=on_cpu,
     )

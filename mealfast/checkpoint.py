@@ -7,13 +7,14 @@ file and checksum together.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mealfast.errors import UsageError
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 FORMAT = "mealfast-checkpoint-1"
+_BLOCK = 1 << 22  # bytes read or written at a time
 
 
 @contextmanager
@@ -50,19 +52,40 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of `step` optimiser steps; then only the `keep` newest stay (best.pt is left alone).
+def encode(step: int, state: dict[str, Any]) -> memoryview:
+    """The bytes of the checkpoint of `step` optimiser steps: in memory, so that a full disk is met in one place."""
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "step": step, **state}, content)
+    return content.getbuffer()
+
+
+def write(
+    folder: Path,
+    step: int,
+    content: memoryview,
+    keep: int,
+    *,
+    best: bool = False,
+    abandoned: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Publishes what `encode` gave; then only the `keep` newest stay. `best` makes best.pt the same file.
 
     Those of later steps go: a run that went back, past a damaged file or by --resume PATH, has left them behind.
+    Raises OSError, and then leaves nothing behind; InterruptedError if `abandoned` says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         temporary = Path(scratch) / "checkpoint.pt"
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
+            for first in range(0, len(content), _BLOCK):
+                if abandoned():
+                    raise InterruptedError("abandoned")
+                file.write(content[first : first + _BLOCK])
             file.flush()
             os.fsync(file.fileno())
-        path = folder / f"step-{step:08d}-{_digest(temporary)}.pt"
+        if best:  # before the checkpoint that says so: a run killed between the two evaluates and marks again
+            mark_best(temporary, folder)
         temporary.replace(path)
     _sync_folder(folder)
     later = [other for other in candidates(folder) if step_of(other) > step]
@@ -71,9 +94,15 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def mark_best(path: Path) -> None:
-    """Makes `best.pt` beside a checkpoint the same file (a hard link; a copy where the file system has none)."""
-    with replacing(path.parent / "best.pt") as temporary:
+def save(folder: Path, step: int, state: dict[str, Any], keep: int, *, best: bool = False) -> Path:
+    """`encode` and `write` in one."""
+    return write(folder, step, encode(step, state), keep, best=best)
+
+
+def mark_best(path: Path, folder: Path | None = None) -> None:
+    """Makes `best.pt` in a folder, by default beside a checkpoint, the same file (a hard link; a copy where the file
+    system has none)."""
+    with replacing((folder or path.parent) / "best.pt") as temporary:
         temporary.unlink()
         try:
             os.link(path, temporary)
@@ -122,6 +151,9 @@ def _content(path: Path) -> dict[str, Any]:
         raise UsageError(f"--resume {path}: cannot be read ({weights.why_unreadable(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"--resume {path}: is no mealfast checkpoint (one lies in a run directory's checkpoints/)")
+    step = content.get("step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise UsageError(f"--resume {path}: is damaged (its step is {step!r:.50})")
     return content
 
 
@@ -138,7 +170,7 @@ def remove_leftovers(folder: Path) -> None:
 def _digest(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(_BLOCK):
             sha.update(block)
     return sha.hexdigest()[:16]
 

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mealfast import checkpoint, run_report, run_state, splits, weights
+from mealfast import bad_batch, checkpoint, forecast, run_report, run_state, splits, teacher_setup, weights
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
+from mealfast.bad_steps import BadSteps
+from mealfast.checkpoint_writer import CheckpointWriter
 from mealfast.clock import Clock
 from mealfast.discriminator import DEAD_LOSS, is_dead
-from mealfast.errors import UsageError
+from mealfast.errors import RunError, UsageError
 from mealfast.label_cache_fit import check_fit
-from mealfast.loaders import Batch, ViewPlan, train_loader
+from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
 from mealfast.objective import TERMS
 from mealfast.progress import Progress
 from mealfast.recipe import Recipe
 from mealfast.run_directory import RunDirectory, refuse_other_recipe
 from mealfast.runtime import Runtime
 from mealfast.stop_signal import StopSignal
-from mealfast.telemetry import Telemetry
 from mealfast.train_step import TrainStep
 from mealfast.validation import Validation
+from mealfast.write_through import WriteThrough, write_plan
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -36,11 +40,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     run_directory = RunDirectory(recipe.run_dir)
     run_directory.check(recipe)
-    runtime = runtimes.start(recipe.device, recipe.amp)
-    try:
-        return Run(recipe, runtime, run_directory).train()
-    finally:
-        runtimes.stop()
+    runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
+    summary = Run(recipe, runtime, run_directory).train()
+    # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
+    runtimes.stop()
+    return summary
 
 
 class Run:
@@ -57,7 +61,8 @@ class Run:
             found = splits.scan_splits(
                 recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
             )
-        self.parts = assemble(recipe, runtime)
+        self.writing = write_plan(recipe, runtime)
+        self.parts = assemble(recipe, runtime, writes_cache=self.writing is not None)
         self.data = splits.number_classes(
             found,
             self.parts.student.num_classes,
@@ -76,49 +81,68 @@ class Run:
         self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
         self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
         self.validate = Validation(recipe, runtime, self.parts, self.data)
-        self.first_step = self.step = self._resume()
+        self.notes: list[str] = []
+        self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
+        self.label_writer: WriteThrough | None = None
+        self.step = bad_in_a_row = 0
+        if (state := self._resume()) is not None:
+            self.step, bad_in_a_row = state["step"], state.get("bad_in_a_row", 0)
+            self.scores |= state["scores"]
+            self.layouts = state.get("layouts", {})
+            self.notes = run_state.notes(state, runtime)
+        self.first_step = self.step
+        self.bad_steps = BadSteps(recipe.max_bad_steps, recipe.log_every, self.train_step.skipped, bad_in_a_row)
+        self.teacher_reports = self._prepare_teachers()
         self.batch: Batch | None = None
         self.clock = Clock()
         self.dead_lines = 0
 
     def train(self) -> dict[str, Any]:
         recipe, runtime = self.recipe, self.runtime
+        self.label_writer = label_writer = self._claim_label_cache()
         if runtime.is_main:
-            self.directory.claim(run_report.config(recipe, runtime, self.parts, self.data))
-        self.telemetry = Telemetry(self.directory.path, self.step, self._belongs) if runtime.is_main else None
+            self.directory.claim(
+                run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports, self.writing)
+            )
         self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
+        self.telemetry = self.writer = None
+        if runtime.is_main:
+            self.telemetry = self.directory.telemetry(self.step, self._belongs, self.progress.say)
+            self.writer = CheckpointWriter(
+                self.directory.checkpoints, recipe.keep, self.progress.say, before=self.telemetry.sync
+            )
         self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
         loader = None
         try:
-            for line in run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch):
+            introduction = run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch)
+            for line in [*self.notes, *introduction]:
                 self.progress.say(line)
+            if label_writer:
+                self.progress.say(label_writer.introduction())
+            for report in self.teacher_reports:
+                self.progress.say(str(report))
+            if recipe.stage_report:
+                made = forecast.forecast(self, seconds=1.0, say=self.progress.say)
+                for line in forecast.lines(self, made):
+                    self.progress.say(line)
             if self.step:
                 self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
             if self.step == 0 and recipe.eval_start:
                 self._evaluate()
+            self.train_step.writer = label_writer  # from here on: what is only measured is not written
+            self._finish_views()  # that a process which was killed had left unfinished
             if self.step < self.last_step:
-                loader = train_loader(
-                    recipe.loader,
-                    self.data.train,
-                    self._plan(),
-                    batch_size=recipe.batch_size,
-                    start_step=self.step,
-                    stop_step=self.last_step,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                    device=runtime.device,
-                    threads=recipe.loader_threads,
-                    label_cache=self.parts.label_cache,
-                )
+                loader = self._loader(self.step, self.last_step)
                 self._loop(iter(loader))
-            return self._finish(loader)
-        finally:
-            if loader is not None:
-                loader.close()
-            self.stop_signal.restore()
-            self.progress.close()
-            if self.telemetry:
-                self.telemetry.close()
+            if label_writer:
+                label_writer.flush()
+            self.train_step.writer = None
+            summary = self._finish(loader)
+        except BaseException as error:
+            self._close(loader, error)
+            raise
+        self._close(loader)
+        return summary
 
     def _loop(self, batches: Any) -> None:
         stopping = False
@@ -128,28 +152,92 @@ class Run:
             waited = time.perf_counter() - began
             self.train_step(self.batch, self.step)
             self.step += 1
+            self.bad_steps.note(self.train_step.skipped)
             self._log_if_due(began, waited)
-            stopping = self.stop_signal.agreed()
+            stopping = self.stop_signal.agreed() or self.bad_steps.too_many
             evaluating = self._evaluates_at(self.step) or self.step == self.last_step
             if evaluating:
                 self._evaluate()
             if evaluating or stopping or self.step % self.recipe.checkpoint_every == 0:
                 self._save()
+            if self.bad_steps.too_many:
+                self._give_up()
+            if self.step % self.steps_per_epoch == 0:
+                self._finish_views(self.step // self.steps_per_epoch - 1)
 
-    # -- what the loop reads and writes ------------------------------------------------------------------------------
+    # -- what the loop needs, reads and writes -------------------------------------------------------------------------
+
+    def _prepare_teachers(self) -> list[teacher_setup.TeacherReport]:
+        """Makes the teachers ready, with the first batch of training images to measure and to check them on."""
+        parts, recipe = self.parts, self.recipe
+        if not parts.loaded_teachers:
+            return []
+        loader = self._loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
+        finally:
+            loader.close()
+        parts.teachers, reports = teacher_setup.prepare(
+            recipe,
+            self.runtime,
+            parts.loaded_teachers,
+            images,
+            compile=parts.compiled,
+            earlier=self.layouts,
+            specs=parts.live_teachers,
+        )
+        parts.loaded_teachers = []
+        return reports
+
+    def _loader(self, start_step: int, stop_step: int) -> Any:
+        recipe, runtime, writer = self.recipe, self.runtime, self.label_writer
+        return train_loader(
+            recipe.loader,
+            self.data.train,
+            self._plan(),
+            batch_size=recipe.batch_size,
+            start_step=start_step,
+            stop_step=stop_step,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+            label_cache=writer.cache if writer else self.parts.label_cache,
+            live_epochs=self.writing.live_epochs if self.writing else range(0),
+        )
+
+    def _claim_label_cache(self) -> WriteThrough | None:
+        """The label cache that this run writes, if it writes one."""
+        if self.writing is None:
+            return None
+        return WriteThrough(
+            self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing,
+            teacher_setup.layouts(self.teacher_reports),
+        )  # fmt: skip
+
+    def _finish_views(self, first: int = 0) -> None:
+        """Completes the views of the label cache whose epochs, from `first` on, are over."""
+        if self.label_writer:
+            for line in self.label_writer.finish(range(first, self.step // self.steps_per_epoch)):
+                self.progress.say(line)
 
     def _plan(self) -> ViewPlan:
-        recipe, index, cache = self.recipe, self.data.train, self.parts.label_cache
+        recipe, index, cache, writing = self.recipe, self.data.train, self.parts.label_cache, self.writing
+        if cache and cache.header.explicit:
+            return ExplicitViews(
+                index.widths, index.heights, cache,
+                seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation,
+            )  # fmt: skip
         return ViewPlan(
             index.widths,
             index.heights,
-            seed=recipe.seed if cache is None else cache.header.plan["seed"],
+            seed=cache.header.plan["seed"] if cache else writing.seed if writing else recipe.seed,
             size=recipe.size,
             scale=recipe.crop_scale,
             ratio=recipe.crop_ratio,
             flip=recipe.flip,
             interpolation=recipe.interpolation,
-            cycle=None if cache is None else cache.header.views,
+            cycle=cache.header.views if cache else writing.views if writing else None,
         )
 
     def _log_if_due(self, began: float, waited: float) -> None:
@@ -158,6 +246,8 @@ class Run:
         due = scheduled or self.step == self.last_step
         if due:
             *sums, steps = self.runtime.sum(self.train_step.meter.clone()).tolist()
+        if due or self.runtime.device.type == "cpu":
+            self.bad_steps.read()
         self.clock.add(time.perf_counter() - began, waited)
         self.progress.advance()
         if due:
@@ -178,9 +268,8 @@ class Run:
             del means["hard_ce"]
         epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
         if self.telemetry:
-            lr = self.parts.optimizer.param_groups[0]["lr"]
-            speed = {"images_per_second": rate, "data_wait_fraction": waiting}
-            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, "lr": lr, **speed})
+            speed = {"lr": self.train_step.lr, "images_per_second": rate, "data_wait_fraction": waiting}
+            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
         self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
@@ -198,7 +287,7 @@ class Run:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        result = self.validate(self._show_pictures if self.telemetry and self.recipe.live_teachers else None)
+        result = self.validate(self._show_pictures if self.telemetry and self.parts.live_teachers else None)
         score = result.models[0].to_json()
         line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **score, "kl": result.kl}
         self.scores["latest"] = line
@@ -206,7 +295,7 @@ class Run:
             self.scores["start"] = line
         self.scores["teachers"] = [
             {"model": spec, **score.to_json()}
-            for spec, score in zip(self.recipe.live_teachers, result.models[1:], strict=True)
+            for spec, score in zip(self.parts.live_teachers, result.models[1:], strict=True)
         ]
         self.scores["ensemble"] = result.ensemble.to_json() if result.ensemble else None
         if self.telemetry:
@@ -228,23 +317,26 @@ class Run:
         is_best = bool(scheduled) and (best is None or self.scores["latest"]["top1"] > best["top1"])
         if is_best:
             self.scores["best"] = self.scores["latest"]
+        if self.label_writer:
+            self.label_writer.flush()
+        self.bad_steps.read()
         state = run_state.capture(self.runtime, self.parts, self.train_step)
         if not self.runtime.is_main:
             return
         state |= {
             "recipe": self.recipe.to_json(),
-            "identity": run_report.identity(self.recipe, self.parts, self.data),
+            "identity": run_report.identity(self.parts, self.data, self.writing),
             "scores": self.scores,
+            "bad_in_a_row": self.bad_steps.in_a_row,
+            "layouts": teacher_setup.layouts(self.teacher_reports),
         }
-        path = checkpoint.save(self.directory.checkpoints, self.step, state, self.recipe.keep)
-        if is_best:
-            checkpoint.mark_best(path)
+        self.writer.save(self.step, state, best=is_best)
 
-    def _resume(self) -> int:
-        """Takes up the checkpoint that --resume asks for; the number of steps it had taken, 0 without one."""
+    def _resume(self) -> dict[str, Any] | None:
+        """Takes up the checkpoint that --resume asks for. Returns its content, None without one."""
         resume = self.recipe.resume
         if resume == "never":
-            return 0
+            return None
         if resume == "auto":
             found = checkpoint.newest(self.directory.checkpoints)
             if found is None and checkpoint.candidates(self.directory.checkpoints):
@@ -252,30 +344,52 @@ class Run:
                     f"{self.directory.checkpoints}: every checkpoint is damaged; start anew in another --run-dir"
                 )
             if found is None:
-                return 0
+                return None
             path, state = found
         else:
             path = Path(resume)
             state = checkpoint.read(path)
-        refuse_other_recipe(self.recipe, state.get("recipe", {}), f"checkpoint {path}: of a run")
-        stored = state.get("identity", {})
+        run_state.check(state, f"checkpoint {path}")
+        refuse_other_recipe(self.recipe, state["recipe"], f"checkpoint {path}: of a run")
         options = {"images": "--data", "targets": "--label-cache", "teachers": "--teachers"}
         for what, option in options.items():
-            if stored.get(what) != run_report.identity(self.recipe, self.parts, self.data)[what]:
+            if state["identity"].get(what) != run_report.identity(self.parts, self.data, self.writing)[what]:
                 raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
         run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
-        self.scores = state["scores"]
-        return state["step"]
+        return state
 
     def _belongs(self, line: dict[str, Any]) -> bool:
         """Whether a line of metrics.jsonl is one that an uninterrupted run would have written by now."""
+        if self.step == 0:
+            return False  # no checkpoint: what an earlier process did is done again, the evaluation at the start too
         step = line.get("step", -1)
         if line.get("kind") == "eval":
             return step <= self.step and (self._evaluates_at(step) or (step == 0 and self.recipe.eval_start))
         return step < self.step and ((step + 1) % self.recipe.log_every == 0 or step + 1 == self.total_steps)
 
+    def _give_up(self) -> None:
+        """Ends a run of bad steps only. Skipped steps change nothing, so its checkpoint holds the last good weights."""
+        if self.writer:
+            self.writer.wait()
+        found = bad_batch.diagnose(self.batch, self.runtime, self.parts, self.data.train)
+        lr = self.train_step.lr
+        path = self.directory.path / "bad_batch.json"
+        if self.runtime.is_main:
+            with suppress(OSError):
+                checkpoint.write_json(path, {"step": self.step - 1, "lr": lr, **found})
+        raise RunError(
+            f"{self.recipe.max_bad_steps} steps in a row had a non-finite loss or gradient and were skipped; at step "
+            f"{self.step - 1} (lr {lr:g}) {bad_batch.words(found)}; all of it is in {path}; the weights before these "
+            f"steps are in {self.directory.checkpoints}; lower --lr, or allow more with --max-bad-steps"
+        )
+
     def _finish(self, loader: Any) -> dict[str, Any]:
-        """Writes student.safetensors and summary.json; says where they are, or how to go on."""
+        """Writes student.safetensors and summary.json; says where they are, or how to go on.
+
+        Raises RunError on the main process where the disk does not take them, or did not take the last checkpoint.
+        """
+        if self.writer:
+            self.writer.wait()
         rate, waiting = self.clock.medians()
         replaced = self.runtime.gather(
             {"files": loader.replaced, "views": loader.replaced_count} if loader else {"files": {}, "views": 0}
@@ -298,13 +412,21 @@ class Run:
             "quarantined_images": len(self.data.train.quarantined) + len(self.data.val.quarantined),
             "seconds": time.perf_counter() - self.began,
         }
+        problems = []
         if self.runtime.is_main:
-            weights.save(self.parts.student.model, self.directory.student)
+            problems += [self.writer.failure] if self.writer.failure else []
+            problems += _refused(self.directory.student, partial(weights.save, self.parts.student.model))
         summary["replayed_images_per_second"] = self._replay()
         if self.runtime.is_main:
-            if rate is None and self.directory.summary.exists():  # nothing was left to do: the run's own figures stay
-                summary = json.loads(self.directory.summary.read_text(encoding="utf-8"))
-            checkpoint.write_json(self.directory.summary, summary)
+            stored = run_report.stored_summary(self.directory.summary)
+            if rate is None and stored.get("steps") == self.step:  # nothing was left to do: the run's own figures stay
+                summary = stored
+            problems += _refused(self.directory.summary, partial(checkpoint.write_json, content=summary))
+        if problems:
+            raise RunError(
+                f"{'; '.join(problems)}: make room, or mend the permissions, and run the same command again; "
+                f"its newest checkpoint is {next(iter(checkpoint.candidates(self.directory.checkpoints)), 'none')}"
+            )
         done = "finished" if self.step == self.total_steps else f"stopped after {self.step} of {self.total_steps} steps"
         again = "" if self.step == self.total_steps else "; the same command goes on from here"
         self.progress.say(f"{done}{again}: {self.directory.student}")
@@ -326,3 +448,28 @@ class Run:
             clock.add(time.perf_counter() - began, 0.0)
             clock.close_window(self.recipe.batch_size)
         return clock.medians()[0]
+
+    def _close(self, loader: Any, error: BaseException | None = None) -> None:
+        """Leaves no thread, handler or half-written file behind, whatever ended the run."""
+        self.stop_signal.restore()
+        if self.writer and isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: at once
+            self.writer.abandon(2.0)
+        if loader is not None:
+            loader.close()
+        self.progress.close()
+        with nullcontext() if error is None else suppress(Exception):  # what ended the run is the news
+            if self.label_writer:
+                self.label_writer.close()
+            if self.writer and not isinstance(error, KeyboardInterrupt):
+                self.writer.wait()
+            if self.telemetry:
+                self.telemetry.close()
+
+
+def _refused(path: Path, write: Callable[[Path], None]) -> list[str]:
+    """What the disk said against writing `path`; nothing where it is written."""
+    try:
+        write(path)
+    except OSError as error:
+        return [f"{path}: cannot be written ({error.strerror or error})"]
+    return []

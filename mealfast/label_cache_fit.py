@@ -18,12 +18,20 @@ def open_label_cache(recipe: Recipe) -> LabelCache | None:
     """The recipe's cache, every view of it; None where it names none. Raises UsageError or DataError."""
     if not recipe.label_cache:
         return None
-    if not Path(recipe.label_cache).exists():
-        raise UsageError(f"--label-cache {recipe.label_cache}: no such folder; `mealfast labels build` writes one")
+    require_cache(recipe)
     cache = LabelCache(recipe.label_cache)
     cache.require_complete()
     _check_teachers(cache, recipe)
     return cache
+
+
+def require_cache(recipe: Recipe) -> None:
+    """Raises UsageError where nothing lies at --label-cache."""
+    if not Path(recipe.label_cache).exists():
+        raise UsageError(
+            f"--label-cache {recipe.label_cache}: no such folder; `mealfast labels build` writes one, and so does a "
+            "run with --teachers"
+        )
 
 
 def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageIndex, classes: int) -> None:
@@ -47,7 +55,7 @@ def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageInd
 
 def _check_teachers(cache: LabelCache, recipe: Recipe) -> None:
     """Teachers that the recipe names must be the cache's: by name and tag, and by weights where they lie in a file."""
-    if not recipe.teachers:
+    if not recipe.teachers or cache.header.explicit:  # whose labels were imported: their teachers are not known
         return
     what, cached = f"--label-cache {recipe.label_cache}", cache.header.teachers
     if len(recipe.teachers) != len(cached):

@@ -1,4 +1,4 @@
-"""`mealfast labels build|info|verify`: run the teachers once, train as many students as you like."""
+"""`mealfast labels build|import-fkd|info|verify`: run the teachers once, train as many students as you like."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from mealfast.recipe import Recipe, make_recipe
 # What `build` takes of a recipe: the teachers and all that decides what they see.
 _FIELDS = (
     "teachers", "data", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader", "loader_threads",
-    "device", "amp", "compile", "seed",
+    "device", "amp", "compile", "cuda_graphs", "tune_teachers", "seed",
 )  # fmt: skip
 _PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}
-_SIDE_BY_SIDE = "mealfast labels build|info|verify ... (each has --help)"
+_SIDE_BY_SIDE = "mealfast labels build|import-fkd|info|verify ... (each has --help)"
+# fkd_files.FLAVOURS, which --help should not import torch for.
+_FLAVOURS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5")
 
 
 def labels_command(argv: list[str]) -> int:
-    """Runs one of the three; exit status 0. Raises UsageError or DataError."""
-    jobs = {"build": _build, "info": _info, "verify": _verify}
+    """Runs one of the four; exit status 0. Raises UsageError or DataError."""
+    jobs = {"build": _build, "import-fkd": _import_fkd, "info": _info, "verify": _verify}
     if argv and argv[0] in jobs:
         return jobs[argv[0]](argv[1:])
     print(f"usage: {_SIDE_BY_SIDE}", file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
@@ -46,6 +48,27 @@ def build_parser() -> Parser:
     cache.add_argument("--top-k", type=int, default=10, metavar="K", help="probabilities kept (default: 10)")
     cache.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per process (default: 64)")
     add_recipe_options(parser, _FIELDS)
+    return parser
+
+
+def import_parser() -> Parser:
+    parser = Parser(
+        prog="mealfast labels import-fkd",
+        usage="mealfast labels import-fkd DIR --data DIR --out CACHE [OPTIONS]",
+        description="Makes a label cache of the label files that FKD publishes (github.com/szq0214/FKD: coordinates, "
+        "flips and top-k labels, one file an image). Stop it at any moment: the same command goes on.",
+    )
+    add = parser.add_argument
+    add("labels", metavar="DIR", help="folder of the label files, or one that holds train/ or imagenet/train/")
+    add("--data", required=True, metavar="DIR", help="the images that they are of")
+    add("--out", required=True, metavar="CACHE", help="folder of the cache")
+    add("--views", type=int, metavar="V", help="crops taken of each image (default: as many as the first file has)")
+    add(
+        "--label-type", choices=_FLAVOURS, metavar="|".join(_FLAVOURS),
+        help="FKD's name of the labels (default: told by the first file's shape; renorm never is)",
+    )  # fmt: skip
+    add("--classes", type=int, default=1000, metavar="C", help="classes of the teachers (default: 1000)")
+    add("--loader-threads", type=int, metavar="N", help="processes that index the images (default: all cores)")
     return parser
 
 
@@ -104,6 +127,24 @@ def _build(argv: list[str]) -> int:
     return 0
 
 
+def _import_fkd(argv: list[str]) -> int:
+    options = import_parser().parse_args(argv)
+    _at_least_one(options, "classes")
+    if options.views is not None:
+        _at_least_one(options, "views")
+    from mealfast import runtime as runtimes
+    from mealfast.fkd_import import import_fkd
+    from mealfast.soft_labels import training_images
+
+    index = training_images(options.data, runtimes.start("cpu", "off"), options.loader_threads)
+    header = import_fkd(
+        Path(options.labels), index, Path(options.out), views=options.views, flavour=options.label_type,
+        classes=options.classes,
+    )  # fmt: skip
+    print(_text(_facts(options.out, header)))
+    return 0
+
+
 def _info(argv: list[str]) -> int:
     options = info_parser().parse_args(argv)
     from mealfast.loaders import LabelCache
@@ -125,7 +166,12 @@ def _verify(argv: list[str]) -> int:
 
     cache = LabelCache(options.cache)
     result: dict[str, Any] = {"views": cache.header.views, "checked": labels_verify.check_files(cache)}
-    if options.data:
+    if options.data and cache.header.explicit:
+        if options.teachers:
+            raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
+        runtime = runtimes.start("cpu", "off")
+        labels_verify.check_images(cache, training_images(options.data, runtime, options.loader_threads), options.data)
+    elif options.data:
         header = cache.header
         recipe = _recipe(
             None,
@@ -196,7 +242,9 @@ def _text(facts: dict[str, Any]) -> str:
         f"  {size_text(facts['bytes'])} of {size_text(facts['bytes_when_complete'])}, "
         f"{facts['bytes_per_view_and_image']} bytes a view and image",
         *(f"  teacher {teacher['spec']}  sha256 {teacher['digest'][:16]}" for teacher in facts["teachers"]),
-        "  views " + "  ".join(f"{name} {plan.get(name)}" for name in ("seed", "size", "scale", "ratio", "flip")),
+        "  views " + "  ".join(f"{name} {plan[name]}" for name in ("seed", "size", "scale", "ratio", "flip"))
+        if "seed" in plan
+        else "  views of its own crop boxes and flips, which any --size fits",
     ]
     if facts["mean_kept"] is not None:
         lines.append(

@@ -41,7 +41,7 @@ def recompute(cache: LabelCache, recipe: Recipe, runtime: Runtime, index: ImageI
     """
     check_images(cache, index, recipe.data)
     header = cache.header
-    teachers = load_teachers(recipe, runtime)
+    teachers = load_teachers(recipe, runtime).as_they_are(runtime)
     for given, known in zip(teachers.described, header.teachers, strict=False):
         if given["digest"] != known["digest"]:
             raise UsageError(

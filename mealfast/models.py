@@ -38,9 +38,10 @@ class NormalizedModel(nn.Module):
     pointwise operation, which torch.compile fuses into the first convolution's input.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> None:
         super().__init__()
         self.model = model
+        self.size = size  # pixels a side that it was built for
         # Not in the state dict: a checkpoint of the model is timm's, key for key.
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer(
@@ -71,7 +72,7 @@ def build(spec: str | ModelSpec, size: int | None = None) -> NormalizedModel:
     config = timm.data.resolve_model_data_config(model)
     if config["input_size"][0] != 3:
         raise UsageError(f"model spec {spec.text!r}: takes {config['input_size'][0]} channels; images have 3")
-    return NormalizedModel(model, config["mean"], config["std"])
+    return NormalizedModel(model, config["mean"], config["std"], size or config["input_size"][-1])
 
 
 def evaluation_config(model: NormalizedModel) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class Objective(nn.Module):
 
         Under CutMix also the pasted images' labels int64 [B]; `kept` is the share of the area that is each image's own.
         `cached` stands in for the teachers' logits: ids [B, k] and probabilities [B, k] from a label cache, under
-        CutMix followed by the pasted images'. The discriminator then compares log-probabilities.
+        CutMix followed by the pasted images'. The discriminator then compares log-probabilities, less their mean.
+        Where there are both, as in a run that writes a cache, the logits are the target and the discriminator has what
+        the cache will have.
 
         Returns the loss to minimise (scalar) and the float32 values of `TERMS` [5], detached, on the same device; a
         term that this run does not have is 0.
@@ -65,11 +67,13 @@ class Objective(nn.Module):
         kept: float,
         cached: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the discriminator tells apart, [B, C] each: logits, or log-probabilities where there are no others."""
-        if teacher_logits:
+        """What the discriminator tells apart, [B, C] each: logits, or log-probabilities where a cache comes in."""
+        if not cached:
             return student_logits, mean_logits(teacher_logits)
         log_student = student_logits.float().log_softmax(dim=1)
-        return log_student, cached_loss.log_target(student_logits.shape[1], kept, cached)
+        log_target = cached_loss.log_target(student_logits.shape[1], kept, cached)
+        # Less their mean over the classes, as logits lie around 0: offsets of -10 would kill the discriminator's ReLUs.
+        return tuple(side - side.mean(dim=1, keepdim=True) for side in (log_student, log_target))
 
 
 def hard_cross_entropy(

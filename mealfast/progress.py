@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -40,9 +41,10 @@ class Progress:
         self.say(f"{title}  {where}  {text}  {images_per_second:,.0f} images/s  {left} left")
 
     def say(self, text: str) -> None:
-        """A line that does not break the bar."""
+        """A line that does not break the bar. Where stderr is a file on a full disk or a closed pipe, it is lost."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

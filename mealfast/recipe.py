@@ -69,8 +69,18 @@ class Recipe:
     label_cache: str = option(
         "",
         "method",
-        "folder of `mealfast labels build`: its targets and views stand in for the teachers, none of which runs",
+        "folder whose targets and views stand in for the teachers, none of which runs; with --teachers a cache that "
+        "is not there, or not complete, is written in the first epochs and read from then on",
         metavar="CACHE",
+    )
+    label_cache_views: int | None = option(
+        None,
+        "method",
+        "views that a run with teachers writes into a new --label-cache; none: as many as --epochs",
+        metavar="V",
+    )
+    label_cache_top_k: int | None = option(
+        None, "method", "probabilities that it keeps of each target; none: 10", metavar="K"
     )
     hard_label_weight: float = option(
         0.0, "method", "weight w of cross-entropy with the labels: (1 - w) soft + w hard; 1 without teachers"
@@ -104,10 +114,24 @@ class Recipe:
     amp: str = option(
         "auto",
         "machine",
-        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX, else off",
+        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX or AVX512-BF16, else off",
         choices=("auto", "bf16", "fp16", "off"),
     )
     compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
+    collective_timeout: int = option(
+        600, "machine", "seconds after which processes that wait for another one give up", metavar="SECONDS"
+    )
+    cuda_graphs: str | None = option(
+        None,
+        "machine",
+        "replay the teachers, or the whole step, as one CUDA graph; by default ensemble on GPUs",
+        choices=("off", "ensemble", "step"),
+    )
+    tune_teachers: bool = option(
+        True,
+        "machine",
+        "measure which memory format and dtype suit each teacher on this device (once; remembered); off: channels-last",
+    )
 
     # Run
     seed: int = option(0, "run", "seed of the view plan, CutMix and random weights")
@@ -118,19 +142,29 @@ class Recipe:
         "auto: continue what the run directory holds; never: refuse if it holds anything; or a checkpoint's path",
         metavar="auto|never|PATH",
     )
+    stage_report: bool = option(
+        False, "run", "measure every stage before the first step, a second each: what `mealfast forecast` prints"
+    )
     log_every: int = option(50, "run", "steps between lines of metrics.jsonl and TensorBoard scalars")
     checkpoint_every: int = option(1000, "run", "steps between checkpoints (always one at the end)")
     eval_every: int = option(1, "run", "epochs between evaluations; 0: only at the start and at the end")
     eval_start: bool = option(True, "run", "evaluate before the first step")
     keep: int = option(2, "run", "newest checkpoints kept (best.pt is kept besides)")
+    max_bad_steps: int = option(
+        20,
+        "run",
+        "steps in a row with a non-finite loss or gradient, all of them skipped, that end the run",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         for option_field in fields(self):
             self._check_choice(option_field)
         positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        positive += ("collective_timeout", "max_bad_steps")
         for name in positive:
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
-        for name in ("loader_threads", "max_steps"):
+        for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
             value = getattr(self, name)
             self._refuse(value is not None and value < 1, name, "must be 1 or more")
         for name in ("eval_every", "seed"):
@@ -164,6 +198,10 @@ class Recipe:
             raise UsageError(
                 "--hard-label-weight 1 trains on labels alone: leave --teachers empty, or lower the weight"
             )
+        for name, largest in (("label_cache_views", 1_000_000), ("label_cache_top_k", 4096)):
+            value = getattr(self, name)
+            self._refuse(value is not None and not self.label_cache, name, "needs --label-cache, the folder to write")
+            self._refuse(value is not None and value > largest, name, f"must be at most {largest:,}")
         if self.label_cache and self.hard_label_weight == 1:
             raise UsageError(
                 "--hard-label-weight 1 trains on labels alone: leave --label-cache out, or lower the weight"
@@ -192,7 +230,7 @@ class Recipe:
 
     @property
     def live_teachers(self) -> tuple[str, ...]:
-        """The teachers that run: none where a label cache holds what they said."""
+        """The teachers that run: none where a label cache holds what they said (all where it is yet to be written)."""
         return () if self.label_cache else self.teachers
 
     @property
@@ -208,6 +246,8 @@ class Recipe:
 RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+        "collective_timeout", "max_bad_steps",
+        "cuda_graphs", "tune_teachers", "stage_report",
     }
 )  # fmt: skip
 

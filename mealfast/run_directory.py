@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mealfast import checkpoint
 from mealfast.errors import UsageError
 from mealfast.recipe import RESUMABLE_FIELDS, Recipe
+from mealfast.telemetry import Telemetry
 
 
 class RunDirectory:
@@ -45,6 +47,15 @@ class RunDirectory:
             for folder in (self.path, self.checkpoints):
                 checkpoint.remove_leftovers(folder)
             checkpoint.write_json(self.config, config)
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
+
+    def telemetry(
+        self, first_step: int, keep_line: Callable[[dict[str, Any]], bool], say: Callable[[str], None]
+    ) -> Telemetry:
+        """Opens metrics.jsonl and tensorboard/. Raises UsageError where nothing can be written."""
+        try:
+            return Telemetry(self.path, first_step, keep_line, say)
         except OSError as error:
             raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mealfast
@@ -12,21 +15,30 @@ from mealfast.loaders import LabelCache
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.splits import Splits
+from mealfast.teacher_setup import TeacherReport
+from mealfast.write_through import WritePlan
 
 
-def identity(recipe: Recipe, parts: Parts, data: Splits) -> dict[str, Any]:
+def identity(parts: Parts, data: Splits, writing: WritePlan | None) -> dict[str, Any]:
     """What a checkpoint must agree with beside the recipe: the same images, the same teachers or cached targets."""
     cache = parts.label_cache
     return {
         "images": {"train": data.train.digest, "val": data.val.digest},
-        "targets": None if cache is None else cache.header.digest,
-        "teachers": dict(zip(recipe.live_teachers, parts.teacher_digests, strict=True)),
+        "targets": writing.to_json() if writing else None if cache is None else cache.header.digest,
+        "teachers": dict(zip(parts.live_teachers, parts.teacher_digests, strict=True)),
     }
 
 
-def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict[str, Any]:
-    """The content of config.json: the full recipe, versions, hardware, digests of images and teachers."""
-    same = identity(recipe, parts, data)
+def config(
+    recipe: Recipe,
+    runtime: Runtime,
+    parts: Parts,
+    data: Splits,
+    teachers: Sequence[TeacherReport],
+    writing: WritePlan | None = None,
+) -> dict[str, Any]:
+    """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
+    same = identity(parts, data, writing)
     return {
         "mealfast": mealfast.__version__,
         "recipe": recipe.to_json(),
@@ -34,19 +46,30 @@ def config(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits) -> dict
         "device": runtime.device.type,
         "precision": runtime.precision,
         "compiled": parts.compiled,
+        "teachers": [report.to_json() for report in teachers],
         "versions": runtimes.describe(runtime.device),
         "images": {"train": len(data.train), "val": len(data.val)},
         "image_digests": same["images"],
         "teacher_digests": same["teachers"],
         "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
+        "write_through": writing.to_json() if writing else None,
     }
+
+
+def stored_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of an earlier process; {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, steps_per_epoch: int) -> list[str]:
     """The log's first lines: notes first, then what is trained on what."""
     lines = [
         f"note: {spec} has random weights (no tag and no checkpoint)"
-        for spec in (recipe.student, *recipe.live_teachers)
+        for spec in (recipe.student, *parts.live_teachers)
         if models.is_random(spec)
     ]
     lines += [
@@ -54,12 +77,13 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
         for index in (data.train, data.val)
         if index.quarantined
     ]
-    teachers = " + ".join(recipe.live_teachers) or "none (labels alone)"
+    teachers = " + ".join(parts.live_teachers) or "none (labels alone)"
     discriminator = recipe.discriminator_mode
     if parts.label_cache is not None:
         lines += _cache_notes(recipe, parts.label_cache)
         teachers = f"none runs (label cache {recipe.label_cache})"
-        discriminator += "" if discriminator == "off" else " (on log-probabilities: a cache holds no logits)"
+    if recipe.label_cache and discriminator != "off":
+        discriminator += " (on log-probabilities: a cache holds no logits)"
     return [
         *lines,
         f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",
@@ -72,10 +96,13 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
 def _cache_notes(recipe: Recipe, cache: LabelCache) -> list[str]:
     header = cache.header
     specs = " + ".join(teacher["spec"] for teacher in header.teachers)
+    boxes = "its own crop boxes" if header.explicit else f"views of its seed {header.plan['seed']}"
     lines = [
-        f"label cache: {header.views} views, top {header.top_k} of {header.classes} classes, by {specs}; views of its "
-        f"seed {header.plan['seed']}; the KL to the live ensemble on val/ is not measured"
+        f"label cache: {header.views} views, top {header.top_k} of {header.classes} classes, by {specs}; {boxes}; the "
+        "KL to the live ensemble on val/ is not measured"
     ]
+    if header.explicit:
+        return lines
     made_by = header.made_with.get("loader")
     if made_by != recipe.loader:
         lines.append(

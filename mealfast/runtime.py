@@ -5,18 +5,26 @@ One process drives one device. Without torchrun there is one process.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mealfast.errors import UsageError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # an index of millions of files is scanned by one process while others wait
+COLLECTIVE_TIMEOUT = 1800  # seconds
+_SCAN_TIMEOUT = timedelta(days=1)  # an index of millions of files is made by one process while others wait
+_groups = itertools.count()  # that this process has joined, as every other one
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     amp_dtype: torch.dtype | None
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)  # of waiting for other processes
 
     @property
     def is_main(self) -> bool:
@@ -51,11 +60,16 @@ class Runtime:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others do, so that they find what it has cached."""
+        if self.world_size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=_SCAN_TIMEOUT)
         if not self.is_main:
-            self.barrier()
+            dist.barrier(patient)
         yield
         if self.is_main:
-            self.barrier()
+            dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added up over all processes, in place."""
@@ -72,8 +86,13 @@ class Runtime:
         return items
 
 
-def start(device: str = "auto", amp: str = "auto") -> Runtime:
-    """Joins the process group that torchrun describes and picks the device. Raises UsageError."""
+def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIMEOUT) -> Runtime:
+    """Joins the process group that torchrun describes and picks the device. Raises UsageError.
+
+    `timeout`: seconds after which waiting for another process fails.
+    """
+    _die_with_torchrun()
+    patience = timedelta(seconds=timeout)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -85,17 +104,43 @@ def start(device: str = "auto", amp: str = "auto") -> Runtime:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
     if world_size > 1 and not dist.is_initialized():
+        found = {"timeout": patience} | _store_of_this_attempt(rank, world_size, patience)
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
+            dist.init_process_group("nccl", device_id=chosen, **found)
         else:
-            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype)
+            dist.init_process_group("gloo", **found)
+    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype, patience)
 
 
 def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the processes find each other, as arguments of `init_process_group`; {} for its own way.
+
+    A torchrun that shares its store with its workers hands the same one to those it starts again after a failure
+    (torch 2.15), and they would connect to the addresses of the dead: each attempt gets its own part of the store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"mealfast-{attempt}-{next(_groups)}", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
+
+
+def _die_with_torchrun() -> None:
+    """Has the system kill this process when its torchrun is killed: nobody else would end it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _device(option: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -126,8 +171,9 @@ def precision(option: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    # With AMX bf16 is 4 times as fast as float32; without it, it is slower.
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+    # With AMX bf16 is 4 times as fast as float32, with AVX512-BF16 alone twice; without either it is slower.
+    fast = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in fast) else None
 
 
 def describe(device: torch.device) -> dict[str, object]:

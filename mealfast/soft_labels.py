@@ -9,16 +9,17 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 
 import mealfast
-from mealfast import models
+from mealfast import models, teacher_setup
 from mealfast.errors import UsageError
 from mealfast.evaluation import padded
 from mealfast.kernels import ensemble_topk
@@ -32,10 +33,13 @@ from mealfast.loaders import (
     forecast_bytes,
     label_loader,
     plan_fields,
+    read_header,
 )
 from mealfast.progress import Progress, size_text
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
+from mealfast.teacher_layout import is_layout
+from mealfast.teacher_setup import TeacherReport, prepare
 from mealfast.teachers import FrozenEnsemble
 
 PART_BATCHES = 16  # that go to disk together: what a kill can lose, and 640 bytes x batch size a write at k = 10
@@ -50,10 +54,37 @@ class LabelTeachers:
     described: tuple[dict[str, str], ...]  # {"spec", "digest"} each
     classes: int
     compiled: bool
+    layouts: dict[str, Any] = field(default_factory=dict)  # teacher_setup.layouts: as `prepare` takes them again
 
 
-def load_teachers(recipe: Recipe, runtime: Runtime) -> LabelTeachers:
-    """The recipe's teachers on their device. Raises UsageError for wrong specs, weights or sizes."""
+@dataclass(frozen=True)
+class LoadedTeachers:
+    """Models that are yet to be laid out on their device."""
+
+    models: list[models.NormalizedModel]
+    described: tuple[dict[str, str], ...]
+    classes: int
+    compile: bool
+
+    def as_they_are(self, runtime: Runtime) -> LabelTeachers:
+        """In the default layout, unmeasured."""
+        ensemble = FrozenEnsemble(self.models, runtime, compile=self.compile)
+        return LabelTeachers(ensemble, self.described, self.classes, self.compile)
+
+    def prepared(
+        self, recipe: Recipe, runtime: Runtime, images: torch.Tensor, earlier: dict[str, Any]
+    ) -> tuple[LabelTeachers, list[TeacherReport]]:
+        """As fast as they run on images like these, uint8 [B, H, W, 3] on the device, and how that is; all processes
+        together. `earlier` are the layouts that a build which goes on had. Raises UsageError."""
+        ensemble, reports = prepare(
+            recipe, runtime, self.models, images, compile=self.compile, earlier=earlier, specs=recipe.teachers
+        )
+        layouts = earlier | teacher_setup.layouts(reports)
+        return LabelTeachers(ensemble, self.described, self.classes, self.compile, layouts), reports
+
+
+def load_teachers(recipe: Recipe, runtime: Runtime) -> LoadedTeachers:
+    """The recipe's teachers. Raises UsageError for wrong specs, weights or sizes."""
     torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
     teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
     first = recipe.teachers[0]
@@ -70,9 +101,7 @@ def load_teachers(recipe: Recipe, runtime: Runtime) -> LabelTeachers:
         print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
     compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     described = tuple({"spec": spec, "digest": digest} for spec, digest in zip(recipe.teachers, digests, strict=True))
-    return LabelTeachers(
-        FrozenEnsemble(teachers, runtime, compile=compiled), described, teachers[0].num_classes, compiled
-    )
+    return LoadedTeachers(teachers, described, teachers[0].num_classes, compiled)
 
 
 def training_images(data: str, runtime: Runtime, workers: int | None) -> ImageIndex:
@@ -97,34 +126,20 @@ def build(
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
     index = training_images(recipe.data, runtime, recipe.loader_threads)
-    teachers = load_teachers(recipe, runtime)
-    if top_k > teachers.classes:
-        raise UsageError(f"--top-k {top_k}: the teachers have {teachers.classes} classes; ask for as many or fewer")
+    loaded = load_teachers(recipe, runtime)
+    if top_k > loaded.classes:
+        raise UsageError(f"--top-k {top_k}: the teachers have {loaded.classes} classes; ask for as many or fewer")
     plan = ViewPlan(
         index.widths, index.heights, seed=recipe.seed, size=recipe.size, scale=recipe.crop_scale,
         ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation, cycle=views,
     )  # fmt: skip
     batch_size = min(batch_size, len(index))
-    header = CacheHeader(
-        images=len(index),
-        images_digest=index.images_digest,
-        plan=plan_fields(plan),
-        views=views,
-        classes=teachers.classes,
-        top_k=top_k,
-        teachers=teachers.described,
-        made_with={
-            "batch_size": batch_size,
-            "rows_per_part": PART_BATCHES * batch_size,
-            "precision": runtime.precision,
-            "loader": recipe.loader,
-            "compiled": teachers.compiled,
-            "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
-            "mealfast": mealfast.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
+    teachers, reports = loaded.prepared(
+        recipe, runtime, _first_images(recipe, runtime, index, plan, batch_size), _earlier_layouts(out)
     )
+    for report in reports if runtime.is_main else ():
+        print(report, file=sys.stderr)
+    header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
     with ExitStack() as stack:
         if runtime.is_main:
             todo = stack.enter_context(claim_label_cache(out, header))
@@ -139,6 +154,53 @@ def build(
             return None
         writer.finish()
         return writer.header
+
+
+def _first_images(recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, rows: int) -> torch.Tensor:
+    """uint8 [rows, H, W, 3]: the first batch."""
+    loader = label_loader(
+        recipe.loader, index, plan, [(0, 0)], batch_size=rows, device=runtime.device, threads=recipe.loader_threads
+    )
+    try:
+        return next(iter(loader)).images
+    finally:
+        loader.close()
+
+
+def _earlier_layouts(out: Path) -> dict[str, Any]:
+    """How the teachers ran that began the cache in `out`: in other layouts the rest would round differently."""
+    if not (out / "header.json").is_file():
+        return {}
+    stored = read_header(out).made_with.get("layouts")
+    return {key: one for key, one in stored.items() if is_layout(one)} if isinstance(stored, dict) else {}
+
+
+def cache_header(
+    recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, teachers: LabelTeachers, views: int,
+    top_k: int, batch_size: int,
+) -> CacheHeader:  # fmt: skip
+    """What a cache of `views` views says of itself; `batch_size` is what the teachers see at once."""
+    return CacheHeader(
+        images=len(index),
+        images_digest=index.images_digest,
+        plan=plan_fields(plan),
+        views=views,
+        classes=teachers.classes,
+        top_k=top_k,
+        teachers=teachers.described,
+        made_with={
+            "batch_size": batch_size,
+            "rows_per_part": PART_BATCHES * batch_size,
+            "precision": runtime.precision,
+            "loader": recipe.loader,
+            "compiled": teachers.compiled,
+            "layouts": teachers.layouts,
+            "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
+            "mealfast": mealfast.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    )
 
 
 def _say_forecast(header: CacheHeader, todo: int) -> None:

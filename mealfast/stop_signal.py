@@ -19,7 +19,7 @@ class StopSignal:
         self._asked = False
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         # Gloo, so that the agreement never waits for a GPU.
-        self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=runtime.timeout) if runtime.world_size > 1 else None
         self._previous = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,6 +6,7 @@ Shape legend: B images, H and W pixels, C classes.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
+from mealfast.append_log import AppendLog
+from mealfast.board import Board
 from mealfast.checkpoint import replacing
+from mealfast.errors import RunError
 
 PERCENTILES = (10, 25, 50, 75, 90)  # of the paper's Fig. 8
 _PICTURE_SIDE = 224  # pixels
@@ -24,23 +27,31 @@ _LINE_HEIGHT = 14  # pixels
 
 
 class Telemetry:
-    """Appends lines to `metrics.jsonl` and scalars to `tensorboard/` of a run directory."""
+    """Appends lines to `metrics.jsonl` and scalars to `tensorboard/` of a run directory.
 
-    def __init__(self, run_dir: Path, first_step: int, keep_line: Callable[[dict[str, Any]], bool]) -> None:
+    A disk that is full for a while costs none of them: see AppendLog.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        keep_line: Callable[[dict[str, Any]], bool],
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
         """Starts at `first_step`: what an earlier process wrote and `keep_line` refuses is dropped, so that a resumed
-        run's lines are those of one that never stopped."""
+        run's lines are those of one that never stopped. `say` is given warnings. Raises OSError."""
         path = run_dir / "metrics.jsonl"
         _keep_lines(path, keep_line)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None, flush_secs=30)
+        self._lines = AppendLog(path, say)
+        self._board = Board(run_dir / "tensorboard", first_step, say)
 
     def write(self, line: dict[str, Any]) -> None:
         """One object of design's two kinds, `train` or `eval`; numbers become TensorBoard scalars too."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write((json.dumps(line) + "\n").encode())
         for name, value in line.items():
             if name not in ("kind", "step") and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+                self._board.scalar(f"{line['kind']}/{name}", value, line["step"])
 
     def weights(self, model: nn.Module, step: int) -> None:
         """Percentiles of a middle convolution's weights (the paper's Fig. 8) and histograms of every convolution and
@@ -48,10 +59,10 @@ class Telemetry:
         name, middle = middle_convolution(model)
         values = np.percentile(middle.weight.detach().float().cpu().numpy(), PERCENTILES)
         for percent, value in zip(PERCENTILES, values, strict=True):
-            self._board.add_scalar(f"weights/{name}/percentile_{percent}", value, step)
+            self._board.scalar(f"weights/{name}/percentile_{percent}", value, step)
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                self._board.add_histogram(f"weights/{name}", module.weight.detach().float().cpu(), step)
+                self._board.histogram(f"weights/{name}", module.weight.detach().float().cpu(), step)
 
     def pictures(self, images: torch.Tensor, targets: torch.Tensor, names: Sequence[str], step: int) -> None:
         """A few uint8 images [B, H, W, 3], each with the five most probable classes of its target [B, C]."""
@@ -60,11 +71,20 @@ class Telemetry:
             lines = [
                 f"{100 * p:5.1f}%  {names[c]}" for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            self._board.add_image(f"target/{number}", _captioned(image, lines), step, dataformats="HWC")
+            self._board.image(f"target/{number}", _captioned(image, lines), step)
+
+    def sync(self) -> None:
+        """Brings the lines to the disk. A checkpoint comes after them: what it says was logged must be there."""
+        self._lines.sync()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Raises RunError where the disk has not taken all lines to the end."""
+        lost, lost_curves = self._lines.close(), self._board.close()
+        if lost or lost_curves:
+            raise RunError(
+                f"{self._lines.path}: {lost:,} bytes of it and {lost_curves:,} of tensorboard/ could not be written; "
+                "make room on the disk"
+            )
 
 
 def middle_convolution(model: nn.Module) -> tuple[str, nn.Module]:

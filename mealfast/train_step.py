@@ -13,11 +13,13 @@ from torch.nn.utils import get_total_norm
 
 from mealfast import cutmix
 from mealfast.assembly import Parts
+from mealfast.cuda_graphs import CapturedStep
 from mealfast.loaders import Batch
 from mealfast.lr_schedule import lr_factor
 from mealfast.objective import TERMS
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
+from mealfast.write_through import WriteThrough
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Inputs:
     labels: torch.Tensor  # int64 [B]
     partner_labels: torch.Tensor | None = None  # int64 [B], under CutMix
     cached: tuple[torch.Tensor, ...] = ()  # ids and probabilities [B, k], under CutMix the partners' too
-    kept: float = 1.0  # share of the area that is each image's own
+    kept: float | torch.Tensor = 1.0  # share of the area that is each image's own; float32 scalar in a CUDA graph
 
     def part(self, number: int, parts: int) -> Inputs:
         """The `number`-th of `parts` equal parts of the batch."""
@@ -41,6 +43,26 @@ class Inputs:
         cached = tuple(cut(rows) for rows in self.cached)
         return Inputs(cut(self.images), cut(self.labels), cut(self.partner_labels), cached, self.kept)
 
+    def clone(self) -> Inputs:
+        """The same in memory of its own, all of it on the device."""
+        return Inputs(
+            self.images.clone(),
+            self.labels.clone(),
+            None if self.partner_labels is None else self.partner_labels.clone(),
+            tuple(rows.clone() for rows in self.cached),
+            torch.tensor(self.kept, dtype=torch.float32, device=self.images.device),
+        )
+
+    def copy_(self, other: Inputs) -> None:
+        """Takes over what `other` holds, in place; `self` is a clone."""
+        self.images.copy_(other.images)
+        self.labels.copy_(other.labels)
+        if self.partner_labels is not None:
+            self.partner_labels.copy_(other.partner_labels)
+        for mine, theirs in zip(self.cached, other.cached, strict=True):
+            mine.copy_(theirs)
+        self.kept.fill_(other.kept)
+
 
 class TrainStep:
     """Trains on one batch, and keeps the sums that logging reads. No host sync."""
@@ -48,6 +70,8 @@ class TrainStep:
     def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, steps_per_epoch: int) -> None:
         self.recipe, self.runtime, self.parts = recipe, runtime, parts
         self.steps_per_epoch = steps_per_epoch
+        self.writer: WriteThrough | None = None  # of a run that writes a label cache
+        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []  # the step's targets for it, [B / accumulate, k] each
         self.parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
         # Of the student in training mode: not of the preprocessing around it, which nothing writes to.
         self.buffers = [buffer for buffer in parts.student.model.buffers() if buffer.is_floating_point()]
@@ -55,11 +79,28 @@ class TrainStep:
         # skipped in all.
         self.meter = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=runtime.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self.lr = recipe.lr  # of the step taken last
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forgets a CUDA graph: for when tensors that it has captured were replaced."""
+        graph = self.recipe.cuda_graphs == "step"
+        self._run = CapturedStep(self.learn, self.runtime.world_size) if graph else self.learn
+        groups = self.parts.optimizer.param_groups
+        # A graph reads the learning rate from the device; elsewhere it is a number.
+        self._lrs = [torch.zeros((), device=self.runtime.device) if graph else None for _ in groups]
 
     def __call__(self, batch: Batch, step: int) -> None:
-        parts, accumulate = self.parts, self.recipe.accumulate
         self._set_lr(step)
-        inputs = self._mix(Inputs(batch.images, batch.labels, cached=batch.targets or ()), step)
+        self.made = []
+        cached = batch.targets or self._targets_before_mixing(batch.images)
+        self._run(self._mix(Inputs(batch.images, batch.labels, cached=cached), step))
+        if self.writer and self.made:
+            self.writer.add(step // self.steps_per_epoch, batch.indices, self.made)
+
+    def learn(self, inputs: Inputs) -> None:
+        """All of a step that the device does; what changes from step to step comes in as tensors."""
+        parts, accumulate = self.parts, self.recipe.accumulate
         statistics = self._statistics()
         parts.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.meter[:-1])
@@ -67,9 +108,13 @@ class TrainStep:
             part = inputs.part(number, accumulate)
             reduce_gradients = number == accumulate - 1 or self.runtime.world_size == 1
             with nullcontext() if reduce_gradients else parts.wrapped.no_sync():
-                teacher_logits = parts.teachers(part.images) if parts.teachers else []
+                teacher_logits = parts.teachers(part.images) if parts.teachers and not part.cached else []
+                cached = part.cached
+                if self.writer and teacher_logits:
+                    cached = self.writer.top_k(teacher_logits)
+                    self.made.append(cached)
                 loss, terms = parts.wrapped(
-                    part.images, teacher_logits, part.kept, part.labels, part.partner_labels, part.cached
+                    part.images, teacher_logits, part.kept, part.labels, part.partner_labels, cached
                 )
                 parts.scaler.scale(loss / accumulate).backward()
             sums += terms / accumulate
@@ -77,6 +122,16 @@ class TrainStep:
         self._restore_statistics(statistics, bad)
         self.skipped += bad
         self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
+
+    def _targets_before_mixing(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Under CutMix a run that writes a label cache learns from what it writes: the targets of the images as they
+        are, mixed by area as a run from the cache mixes them. Otherwise nothing: the teachers see the student's images.
+        """
+        if self.writer is None or not self.recipe.cutmix:
+            return ()
+        for part in images.chunk(self.recipe.accumulate):
+            self.made.append(self.writer.top_k(self.parts.teachers(part)))
+        return tuple(torch.cat(one) for one in zip(*self.made, strict=True))
 
     def _mix(self, inputs: Inputs, step: int) -> Inputs:
         """Under CutMix images with a box of their partner's, and the partner's labels and cached targets too."""
@@ -94,8 +149,10 @@ class TrainStep:
 
     def _set_lr(self, step: int) -> None:
         factor = lr_factor(step // self.steps_per_epoch, self.recipe.lr_decay_epochs, self.recipe.lr_decay)
-        for group in self.parts.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        self.lr = self.recipe.lr * factor
+        for group, tensor in zip(self.parts.optimizer.param_groups, self._lrs, strict=True):
+            lr = group["base_lr"] * factor
+            group["lr"] = lr if tensor is None else tensor.fill_(lr)
 
     def _statistics(self) -> torch.Tensor | None:
         """A copy of BatchNorm's running statistics: a step that is skipped must not leave its infinities in them."""

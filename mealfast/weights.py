@@ -99,4 +99,5 @@ def save(model: nn.Module, path: Path) -> None:
     state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         # No more metadata than this: several keys would be written in random order; equal weights are equal files.
-        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        # In memory first: what safetensors raises of a full disk is no OSError.
+        temporary.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import tempfile
 
 # Read when torch is first imported: idle OpenMP threads must not spin while others decode.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download is a test that is wrong
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mealfast-tests-")  # the user's stays as it is
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from mealfast.loaders import Batch, ImageIndex, ViewPlan
 
-from mealfast import checkpoint, run_state
+from mealfast import checkpoint, run_state, validation
 from mealfast import runtime as runtimes
 from mealfast.engine import Run, train
 from mealfast.errors import UsageError
@@ -336,3 +336,28 @@ def test_frozen_parameters_stay_and_do_not_break_the_step(options):
     run.train_step(batch_of(run, 1), 0)
     assert torch.equal(first, before)
     assert np.isfinite(run.train_step.meter.numpy()).all()
+
+
+@pytest.mark.parametrize("room", [2 << 30, 0], ids=["kept", "no room"])
+def test_teachers_run_in_the_first_evaluation_only(options, monkeypatch, room):
+    monkeypatch.setattr(validation, "_ROOM", room)
+    run = make_run(options)
+    teachers, calls = run.parts.teachers, []
+
+    class Counting:
+        def __call__(self, images):
+            calls.append(len(images))
+            return teachers(images)
+
+    run.parts.teachers = Counting()
+    first = run.validate()
+    batches = len(calls)
+    assert sum(calls) == 11
+    run.train_step(batch_of(run, 1), 0)
+    calls.clear()
+    second = run.validate()
+    assert len(calls) == (0 if room else batches)
+    fresh = validation.Validation(run.recipe, run.runtime, run.parts, run.data)()
+    assert second == fresh, "what was kept is what the teachers say"
+    assert second.kl != first.kl, "the student has moved"
+    assert second.models[1:] == first.models[1:]

@@ -33,7 +33,7 @@ def argv(tree, teachers):
     return [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
         "--top-k", str(K), "--batch-size", "1", "--seed", "4", "--amp", "off", "--device", "cpu", "--no-compile",
-        "--loader", "pillow", "--loader-threads", "2", "--out",
+        "--no-tune-teachers", "--loader", "pillow", "--loader-threads", "2", "--out",
     ]  # fmt: skip
 
 
@@ -223,4 +223,4 @@ def test_no_teachers(tree, tmp_path):
 def test_usage(capsys):
     assert dispatch(["labels"]) == 2
     assert dispatch(["labels", "--help"]) == 0
-    assert "labels build|info|verify" in capsys.readouterr().out
+    assert "labels build|import-fkd|info|verify" in capsys.readouterr().out

@@ -1,0 +1,153 @@
+"""The results of benchmarks as tables for reading, a plot, and the README's section.
+
+    python benchmarks/report.py RESULTS.jsonl [MORE.jsonl ...] [--plot FILE.png] [--readme README.md]
+
+Reads what throughput.py, loaders.py and kernels.py wrote with `--out`. Figures of different hardware, size or batch are
+kept apart; where one was measured more than once, the newest counts. `--readme` replaces what lies between the lines
+`<!-- benchmarks -->` and `<!-- /benchmarks -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+CONTENDERS = ("baseline", "timm-style", "mealfast", "mealfast-replayed", "mealfast-cached")
+LOADERS = ("bare-dali", "mealfast-dali", "mealfast-pillow", "torchvision", "torchvision-uint8")
+WORDS = {
+    "baseline": "the paper's way: Pillow, float32, NCHW, eager",
+    "timm-style": "timm-style loop: autocast, one teacher",
+    "mealfast": "**mealfast**",
+    "mealfast-replayed": "mealfast, one batch in memory",
+    "mealfast-cached": "mealfast from a label cache (no teacher runs)",
+    "bare-dali": "bare DALI pipeline (file reader, random crop)",
+    "mealfast-dali": "**mealfast, DALI**",
+    "mealfast-pillow": "mealfast, Pillow",
+    "torchvision": "torchvision ImageFolder, as many workers as cores",
+    "torchvision-uint8": "the same, normalised by the model",
+}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="files of JSON lines")
+    parser.add_argument("--plot", type=Path, help="bars of images/s, as PNG or SVG")
+    parser.add_argument("--readme", type=Path, help="file whose benchmark section is written anew")
+    args = parser.parse_args()
+    rows = [row for path in args.results for row in read(path)]
+    text = "\n\n".join(tables(rows))
+    print(text)
+    if args.plot:
+        plot(rows, args.plot)
+    if args.readme:
+        fill(args.readme, text)
+
+
+def read(path: Path) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks/report.py: {path}: cannot be read as JSON lines ({error})") from None
+    # The kernels' rows have tables of their own: kernels.py prints them.
+    return [row for row in rows if "images_per_second" in row]
+
+
+def tables(rows: Iterable[Row]) -> list[str]:
+    """One Markdown table a kind, hardware, size and batch."""
+    found = []
+    for (kind, *_), group in groups(rows).items():
+        base = {"step": "baseline", "stage": "stage: step, one batch replayed", "loader": "torchvision"}[kind]
+        reference = group.get(base)
+        title = {"step": "training step", "stage": "stage of the step", "loader": "loader"}[kind]
+        last = {"stage": "share of the step"}.get(kind, f"x {base}")
+        lines = [heading(kind, next(iter(group.values()))), "", f"| {title} | images/s | quartiles | {last} |"]
+        lines.append("|---|---|---|---|")
+        for name, row in group.items():
+            words = WORDS.get(name, name.removeprefix("stage: "))
+            ratio = "" if reference is None else relation(kind, row, reference)
+            low, high = row["spread"]["p25"], row["spread"]["p75"]
+            lines.append(f"| {words} | {row['images_per_second']:,.1f} | {low:,.1f} to {high:,.1f} | {ratio} |")
+        found.append("\n".join(lines))
+    return found
+
+
+def relation(kind: str, row: Row, reference: Row) -> str:
+    ratio = row["images_per_second"] / reference["images_per_second"]
+    return f"{100 / ratio:.0f}%" if kind == "stage" else f"{ratio:.2f}"
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+    """Rows by (kind, hardware, size, batch, models), within each by name in the tables' order; the newest wins."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        name = row["name"]
+        kind = "stage" if name.startswith("stage: ") else "loader" if name in LOADERS else "step"
+        models = (row.get("student"), *row.get("teachers", ()))
+        key = (kind, hardware(row), row["size"], row.get("batch", row.get("batch_size")), models)
+        found.setdefault(key, {})[name] = row
+    order = {name: number for number, name in enumerate((*CONTENDERS, *LOADERS))}
+    return {key: dict(sorted(group.items(), key=lambda item: order.get(item[0], 0))) for key, group in found.items()}
+
+
+def hardware(row: Row) -> str:
+    return row["gpu"] or f"{row['cores']} cores of {row['cpu']}"
+
+
+def heading(kind: str, row: Row) -> str:
+    batch = row.get("batch", row.get("batch_size"))
+    models = f", student {row['student']}, teachers {' + '.join(row['teachers'])}" if "student" in row else ""
+    # The baseline is float32 whatever mealfast computes in: its rows say so.
+    precision = f", {row['precision']}" if kind == "stage" else ""
+    driver = f", driver {row['driver']}" if row.get("driver") else ""
+    return (
+        f"{hardware(row)}{driver}, torch {row['torch'].partition('+')[0]}, {row['size']} px, batch {batch}"
+        f"{precision}{models} ({row['date'][:10]}, commit {row['commit']}):"
+    )
+
+
+def plot(rows: Iterable[Row], path: Path) -> None:
+    """Bars of the training steps, a panel a hardware, size and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {key: group for key, group in groups(rows).items() if key[0] == "step"}
+    if not panels:
+        raise SystemExit("benchmarks/report.py: --plot: the results hold no training step")
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.9 + 2.4 * len(panels)), squeeze=False)
+    for axis, group in zip(axes[:, 0], panels.values(), strict=True):
+        names = list(group)[::-1]
+        values = [group[name]["images_per_second"] for name in names]
+        low = [group[name]["images_per_second"] - group[name]["spread"]["p25"] for name in names]
+        high = [group[name]["spread"]["p75"] - group[name]["images_per_second"] for name in names]
+        colours = ["#c1440e" if name.startswith("mealfast") else "#8a8a8a" for name in names]
+        bars = axis.barh(names, values, xerr=[low, high], color=colours, error_kw={"elinewidth": 1})
+        axis.bar_label(bars, [f" {value:,.0f}" for value in values], padding=4, fontsize=8)
+        axis.margins(x=0.12)
+        row = next(iter(group.values()))
+        axis.set_title(f"{hardware(row)}, {row['size']} px, batch {row['batch']}", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("images/s, median and quartiles")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def fill(readme: Path, text: str) -> None:
+    """Replaces the benchmark section of a README."""
+    before = readme.read_text(encoding="utf-8")
+    head, start, rest = before.partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end:
+        raise SystemExit(f"benchmarks/report.py: --readme {readme}: has no lines {START} and {END}")
+    readme.write_text(f"{head}{START}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

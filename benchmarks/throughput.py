@@ -1,0 +1,318 @@
+"""Images per second of a whole distillation step, mealfast's beside others', on the same images in one run.
+
+    python benchmarks/throughput.py --sizes 224 380 --batch 256 --sweep 128 512 --out FILE       # the recipes' models
+    python benchmarks/throughput.py --sizes 224 --batch 32 --student resnet18 --teachers resnet34 resnet26
+
+`baseline` is the method as the paper's code runs it (baseline.py), `timm-style` a usual loop with one teacher
+(timm_style.py). `mealfast` is what `mealfast train` runs, decoding included; `mealfast-replayed` the same on one batch
+in memory; `mealfast-cached` a student from a label cache. They take turns, round by round, so that a busy machine slows
+them alike; the median of the rounds counts. Then come the stages of the step and other batch sizes. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _images import make_images
+from _record import _output, record, write
+from baseline import Baseline
+from mealfast.loaders.cores import core_count
+from timm_style import TimmStyle
+
+from mealfast import runtime as runtimes
+from mealfast import soft_labels, stages
+from mealfast.engine import Run
+from mealfast.errors import UsageError
+from mealfast.model_spec import parse as parse_spec
+from mealfast.recipe import RECIPES, Recipe, make_recipe
+from mealfast.run_directory import RunDirectory
+from mealfast.runtime import Runtime
+
+RECIPE_OF_SIZE = {224: "resnet50-224", 380: "resnet50-380"}
+
+
+@dataclass
+class Contender:
+    """One step at a time; `drain` throws away what was decoded ahead during the others' turns."""
+
+    name: str
+    step: Callable[[], Any]
+    drain: Callable[[], Any] = lambda: None
+    close: Callable[[], Any] = lambda: None
+    settle: float = 0.0  # seconds that its workers need to fill their queue, before another one's turn
+    precision: str | None = None  # where it is not the run's
+
+
+def main() -> None:
+    args = parse()
+    runtime = runtimes.start(args.device, args.amp)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mealfast-benchmark-")))
+        try:
+            data = args.data or synthetic(scratch / "data", args.images, args.seed)
+            for size in args.sizes:
+                for row in measure_size(args, runtime, data, scratch, size):
+                    show(row, args.out)
+        except UsageError as error:
+            raise SystemExit(f"benchmarks/throughput.py: {error}") from None
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[224, 380], help="pixels (default: 224 380)")
+    add("--student", help="architecture (default: the recipe's of that size)")
+    add("--teachers", nargs="+", help="architectures (default: the recipe's of that size)")
+    add("--batch", type=int, help="images of every contender's step (default: 32 on the CPU, 256 on a GPU)")
+    add("--sweep", type=int, nargs="*", default=[], help="other batch sizes of mealfast")
+    add("--data", type=Path, help="folder with train/ and val/ (default: makes ImageNet-like JPEGs)")
+    add("--images", type=int, help="how many JPEGs to make (default: 8 batches)")
+    add("--out", type=Path, help="file to which one JSON line a figure is appended")
+    add("--names", nargs="+", choices=NAMES, default=list(NAMES), help="which contenders")
+    add("--no-stages", action="store_true", help="leave the stages out")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="of mealfast and timm-style")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="of mealfast (default: on GPUs)")
+    add("--cuda-graphs", choices=("off", "ensemble", "step"), default=None, help="of mealfast (default: its own)")
+    add("--workers", type=int, default=core_count(), help="of the others' DataLoaders (default: the cores)")
+    add("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    add("--seconds", type=float, default=4.0, help="of a turn at least, one step at least (default: 4)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name in ("rounds", "workers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: must be 1 or more")
+    if not args.student and any(size not in RECIPE_OF_SIZE for size in args.sizes):
+        parser.error(f"--sizes: the recipes have {sorted(RECIPE_OF_SIZE)}; name --student and --teachers for others")
+    if bool(args.student) != bool(args.teachers):
+        parser.error("--student and --teachers: give both, or neither for the recipe's")
+    gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    args.batch = args.batch or (256 if gpu else 32)
+    args.images = args.images or 8 * max(args.batch, *args.sweep, 0)
+    return args
+
+
+def synthetic(folder: Path, images: int, seed: int) -> Path:
+    """train/ and val/ under ImageNet's own folder names, so that models with 1000 classes accept them."""
+    wnids = timm.data.ImageNetInfo("imagenet-1k").label_names()[:10]
+    make_images(folder / "train", images, wnids)
+    make_images(folder / "val", 20, wnids)
+    return folder
+
+
+def measure_size(
+    args: argparse.Namespace, runtime: Runtime, data: Path, scratch: Path, size: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of one size: the contenders at --batch in turns, the stages, then mealfast at the other batches."""
+    recipe = recipe_for(args, data, scratch, size, args.batch)
+    facts = {
+        "size": size, "batch": args.batch, "precision": runtime.precision, "student": recipe.student,
+        "teachers": list(recipe.teachers), "clocks": clocks(),
+    }  # fmt: skip
+    torch.manual_seed(args.seed)
+    run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
+    for report in run.teacher_reports:
+        print(report, file=sys.stderr, flush=True)
+    layouts = [str(report.choice.layout) for report in run.teacher_reports]
+    contenders = [
+        make(args, runtime, recipe, run, data, scratch) for name, make in MAKERS.items() if name in args.names
+    ]
+    rates = take_turns(contenders, args, runtime, args.batch)
+    for contender in contenders:
+        extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
+        extra |= {"precision": contender.precision or runtime.precision, "clocks": clocks()}
+        yield row(contender.name, rates[contender.name], facts | extra)
+        contender.close()
+    del contenders
+    if not args.no_stages:
+        found = {stage.name: stage for stage in stages.measure(run, args.seconds)}
+        models = found[stages.ENSEMBLE].seconds + found[stages.FORWARD_BACKWARD].seconds
+        for stage in found.values():
+            spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
+            fields = {"images_per_second": round(stage.images_per_second, 1), "spread": spread}
+            if stage.name == stages.STEP_REPLAYED:
+                fields["overhead"] = round(1 - models / stage.seconds, 4)  # of the step: all but the models
+            yield record(f"stage: {stage.name}", **fields, **facts)
+    del run
+    for batch in args.sweep:
+        free(runtime)
+        swept = recipe_for(args, data, scratch, size, batch)
+        run = Run(swept, runtime, RunDirectory(swept.run_dir))
+        names = [name for name in ("mealfast", "mealfast-replayed", "mealfast-cached") if name in args.names]
+        contenders = [MAKERS[name](args, runtime, swept, run, data, scratch) for name in names]
+        rates = take_turns(contenders, args, runtime, batch)
+        for contender in contenders:
+            yield row(contender.name, rates[contender.name], facts | {"batch": batch})
+            contender.close()
+        del run, contenders
+    free(runtime)
+
+
+def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, batch: int) -> Recipe:
+    """The recipe of that size, with its architectures' random weights."""
+    named = RECIPES[RECIPE_OF_SIZE[size]] if not args.student else {}
+    untagged = [parse_spec(spec).architecture for spec in named.get("teachers", ())]
+    return make_recipe(
+        None,
+        data=str(data),
+        size=size,
+        batch_size=batch,
+        student=args.student or parse_spec(named["student"]).architecture,
+        teachers=tuple(args.teachers or untagged),
+        run_dir=str(scratch / "run"),
+        resume="never",
+        device=args.device,
+        amp=args.amp,
+        compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
+        seed=args.seed,
+    )
+
+
+# --- the contenders: each takes (args, runtime, recipe, run, data, scratch) -------------------------------------------
+
+
+def baseline(args, runtime, recipe, run, data, scratch) -> Contender:
+    made = Baseline(
+        data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device, args.workers
+    )
+    drain = repeat(made.next_batch, 2 * args.workers)
+    return Contender("baseline", made.step, drain, made.close, settle=1.0, precision="float32")
+
+
+def timm_style(args, runtime, recipe, run, data, scratch) -> Contender:
+    made = TimmStyle(
+        data / "train", recipe.student, recipe.teachers[0], recipe.size, recipe.batch_size, runtime.device,
+        args.workers, runtime.amp_dtype,
+    )  # fmt: skip
+    return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)
+
+
+def mealfast(args, runtime, recipe, run, data, scratch) -> Contender:
+    loader = run._loader(0, 1 << 30)
+    batches = iter(loader)
+    return Contender(
+        "mealfast", lambda: run.train_step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close
+    )
+
+
+def mealfast_replayed(args, runtime, recipe, run, data, scratch) -> Contender:
+    loader = run._loader(0, 1)
+    batch = next(iter(loader))
+    loader.close()
+    return Contender("mealfast-replayed", lambda: run.train_step(batch, 0))
+
+
+def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
+    """A run of its own from a real label cache: one view, the ten largest probabilities."""
+    cache = scratch / f"cache-{recipe.size}"
+    if not cache.exists():
+        soft_labels.build(recipe, runtime, cache, views=1, top_k=10, batch_size=recipe.batch_size)
+    fields = {name: value for name, value in recipe.to_json().items() if name not in ("teachers", "lr_decay_epochs")}
+    fields |= {"label_cache": str(cache), "run_dir": str(scratch / "cached-run")}
+    cached = Run(make_recipe(None, **fields), runtime, RunDirectory(scratch / "cached-run"))
+    loader = cached._loader(0, 1 << 30)
+    batches = iter(loader)
+
+    def close() -> None:
+        loader.close()
+        if recipe.batch_size != args.batch or not args.sweep:
+            shutil.rmtree(cache, ignore_errors=True)
+
+    return Contender(
+        "mealfast-cached", lambda: cached.train_step(next(batches), 0), repeat(lambda: next(batches), 3), close
+    )
+
+
+MAKERS = {
+    "baseline": baseline,
+    "timm-style": timm_style,
+    "mealfast": mealfast,
+    "mealfast-replayed": mealfast_replayed,
+    "mealfast-cached": mealfast_cached,
+}
+NAMES = tuple(MAKERS)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) -> dict[str, list[float]]:
+    """Images/s of every contender in every round."""
+    timer = stages.Timer(runtime, batch, args.seconds)
+    calls = {}
+    for contender in contenders:
+        began = time.perf_counter()
+        # Compiles, fills queues, warms up; a step graph is captured in the fourth step.
+        timer.window(contender.step, 6 if runtime.device.type == "cuda" else 1)
+        calls[contender.name] = max(1, round(args.seconds / timer.window(contender.step, 1)))
+        print(
+            f"{contender.name}: warmed up in {time.perf_counter() - began:.1f} s, {calls[contender.name]} steps a turn",
+            file=sys.stderr,
+            flush=True,
+        )
+    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(args.rounds):
+        for contender in contenders:
+            contender.drain()
+            steps = calls[contender.name]
+            rates[contender.name].append(batch * steps / timer.window(contender.step, steps))
+            time.sleep(contender.settle)
+    return rates
+
+
+def row(name: str, rates: list[float], facts: dict[str, Any]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+    spread = {"p25": round(low, 1), "p75": round(high, 1)}
+    return record(name, images_per_second=round(middle, 1), spread=spread, rounds=len(rates), **facts)
+
+
+def repeat(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(times):
+            call()
+
+    return repeated
+
+
+def clocks() -> str | None:
+    """The GPU's clocks now and at most, MHz: what a power limit does to a figure."""
+    if not torch.cuda.is_available():
+        return None
+    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
+    return _output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+
+
+def free(runtime: Runtime) -> None:
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def show(found: dict[str, Any], out: Path | None) -> None:
+    spread = f"{found['spread']['p25']:,.1f} to {found['spread']['p75']:,.1f}"
+    overhead = f"  overhead {100 * found['overhead']:.1f}%" if "overhead" in found else ""
+    print(
+        f"{found['name']:<44} {found['images_per_second']:>10,.1f} images/s  (quartiles {spread})  "
+        f"size {found['size']}, batch {found['batch']}, {found['precision']}{overhead}",
+        flush=True,
+    )
+    if out is not None:
+        write(out, [found])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Distillation as one writes it today with timm: its loader, one teacher, autocast, a channels-last student.
+
+Shape legend: B images, C classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+
+
+class TimmStyle:
+    """`step()` trains on the next batch."""
+
+    def __init__(
+        self,
+        root: Path,
+        student: str,
+        teacher: str,
+        size: int,
+        batch: int,
+        device: torch.device,
+        workers: int,
+        amp_dtype: torch.dtype | None,
+    ) -> None:
+        self.device, self.amp_dtype = device, amp_dtype
+        self.student = timm.create_model(student).to(device, memory_format=torch.channels_last).train()
+        self.teacher = timm.create_model(teacher).to(device, memory_format=torch.channels_last).eval()
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9)
+        gpu = device.type == "cuda"
+        self._loader = timm.data.create_loader(
+            timm.data.ImageDataset(str(root)),
+            (3, size, size),
+            batch,
+            is_training=True,
+            use_prefetcher=gpu,
+            color_jitter=None,
+            interpolation="bilinear",
+            num_workers=workers,
+            pin_memory=gpu,
+            device=device,
+        )
+        self._batches = self._endless()
+
+    def step(self) -> None:
+        images = self.next_batch().to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            with torch.no_grad():
+                target = self.teacher(images).float().softmax(dim=1)  # [B, C]
+            logits = self.student(images)
+            loss = F.kl_div(logits.float().log_softmax(dim=1), target, reduction="batchmean")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def next_batch(self) -> torch.Tensor:
+        return next(self._batches)
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def _endless(self) -> Iterator[torch.Tensor]:
+        while True:
+            for images, _ in self._loader:
+                yield images

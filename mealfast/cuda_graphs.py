@@ -1,0 +1,76 @@
+"""CUDA graphs: work that is launched once, recorded, and replayed with one launch.
+
+A graph replays the same kernels on the same memory. What changes from step to step is therefore copied into tensors
+that stay where they are, before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM_UP = 3  # calls before a capture: libraries pick algorithms and allocate workspaces, compilers compile
+
+
+class CapturedForward:
+    """A function of one tensor as a CUDA graph. Its outputs are the same tensors each time, overwritten."""
+
+    def __init__(self, function: Callable[[torch.Tensor], Any], example: torch.Tensor) -> None:
+        """Captures `function` for inputs of the shape and dtype of `example`, on the current CUDA device."""
+        self._input = example.clone()
+        on_side_stream(lambda: [function(self._input) for _ in range(WARM_UP)])
+        self._graph, self._outputs = capture(lambda: function(self._input))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._input.shape
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        self._input.copy_(tensor)
+        self._graph.replay()
+        return self._outputs
+
+
+class CapturedStep:
+    """A training step as a CUDA graph: the first calls run as they are, and then one is captured and replayed.
+
+    The step takes one argument that has `clone` and `copy_`, as tensors do, and returns nothing.
+    """
+
+    def __init__(self, function: Callable[[Any], None], world_size: int) -> None:
+        self._function = function
+        # DDP settles its buckets and its timing of them in its first iterations (PyTorch, CUDA semantics).
+        self._eager_calls = WARM_UP if world_size == 1 else 11
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, inputs: Any) -> None:
+        if self._eager_calls > 0:
+            self._eager_calls -= 1
+            on_side_stream(lambda: self._function(inputs))
+            return
+        if self._graph is None:
+            self._inputs = inputs.clone()
+            self._graph, _ = capture(lambda: self._function(self._inputs))
+        self._inputs.copy_(inputs)
+        self._graph.replay()
+
+
+def on_side_stream(function: Callable[[], Any]) -> Any:
+    """Runs a function on a stream of its own, as work that is to be captured wants it; the caller's stream waits."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Records what a function launches, without running it; the graph, and what the function returned."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: DALI's threads decode and allocate meanwhile, which a global capture would forbid.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result

@@ -1,0 +1,55 @@
+"""Memory of this process's device: the peak, and how large a batch would fill it."""
+
+from __future__ import annotations
+
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+class Peak:
+    """Bytes in use at the peak since this was made: of the GPU's allocator, or of the process on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            with suppress(OSError):  # Linux: the high-water mark falls to what is in use now
+                Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS") or 0
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def capacity(device: torch.device) -> int | None:
+    """Bytes that this process may use in all, of the GPU or of the machine; None where that is unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    with suppress(OSError, ValueError):
+        available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        return available + (_status("VmRSS") or 0)
+    return None
+
+
+def largest_batch(peak: int, fixed: int, batch: int, capacity: int) -> int | None:
+    """Images that fit, where `batch` images need `peak` bytes, `fixed` of them for no image: nine tenths of the rest.
+
+    None where the batch is too small to tell (images took less than the measurement's error).
+    """
+    each = (peak - fixed) / batch
+    return int(0.9 * (capacity - fixed) / each) if each * batch > 0.02 * peak else None
+
+
+def _status(name: str) -> int | None:
+    with suppress(OSError, TypeError):
+        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return None

@@ -1,0 +1,147 @@
+"""How each teacher runs fastest on this device: memory format, dtype, compiled or not, found by measuring.
+
+No rule of thumb holds: channels-last is slower for EfficientNet-B4 on some GPUs and faster for ResNets on all, bfloat16
+is slower than float32 on CPUs without instructions for it. What was found is remembered in the user's cache folder.
+
+Shape legend: B images of this process's part of a step, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from mealfast.checkpoint import write_json
+from mealfast.runtime import Runtime
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORTHWHILE = 1.03  # a layout must be this much faster than the default: differences below are noise
+_LONG = 10.0  # seconds of measuring after which one layout's time is taken as known
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one teacher computes in."""
+
+    memory_format: str  # of FORMATS
+    dtype: str  # of DTYPES
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.memory_format}, {self.dtype}, {'compiled' if self.compiled else 'eager'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout that a teacher runs in, and images/s of this process for every layout that was tried."""
+
+    layout: Layout
+    images_per_second: dict[str, float]
+    remembered: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layout": asdict(self.layout), "images_per_second": self.images_per_second}
+
+
+def is_layout(content: Any) -> bool:
+    """Whether what a file holds is a Layout's fields."""
+    if not isinstance(content, dict) or content.keys() != {"memory_format", "dtype", "compiled"}:
+        return False
+    known = str(content["memory_format"]) in FORMATS and str(content["dtype"]) in DTYPES
+    return known and isinstance(content["compiled"], bool)
+
+
+def default_layout(runtime: Runtime, compile: bool) -> Layout:
+    return Layout("channels_last", runtime.precision, compile)
+
+
+def choose(measure: Callable[[Layout], float], runtime: Runtime, compile: bool, batch: int) -> Choice:
+    """The fastest layout, changing one thing at a time from the default; `measure` gives a layout's seconds."""
+    best = default_layout(runtime, compile)
+    seconds = {best: measure(best)}
+    for changes in _alternatives(runtime, compile):
+        layout = replace(best, **changes)
+        seconds[layout] = measure(layout)
+        if seconds[layout] * WORTHWHILE < seconds[best]:
+            best = layout
+    return Choice(best, {str(layout): round(batch / value, 2) for layout, value in seconds.items()})
+
+
+def _alternatives(runtime: Runtime, compile: bool) -> Iterator[dict[str, Any]]:
+    yield {"memory_format": "contiguous"}
+    if runtime.amp_dtype is not None:
+        yield {"dtype": "float32"}
+    if compile:
+        yield {"compiled": False}
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call, warmed up; the device's work included."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    times = [once()]  # compiles, picks algorithms
+    began = time.perf_counter()
+    while len(times) < 6 and time.perf_counter() - began < _LONG:
+        times.append(once())
+    return statistics.median(times[1:] or times)
+
+
+class LayoutStore:
+    """Remembered choices: one JSON file for all runs of a user. A damaged one is made anew."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.path = path or Path(home) / "mealfast" / "teacher-layouts.json"
+
+    def get(self, key: str, compile: bool) -> Choice | None:
+        """What is known for a key; None where nothing is, or nothing that can be used."""
+        entry = self._read().get(key)
+        with suppress(TypeError, KeyError, ValueError, AttributeError):
+            layout = Layout(**entry["layout"])
+            rates = {str(name): float(rate) for name, rate in entry["images_per_second"].items()}
+            if layout.memory_format in FORMATS and layout.dtype in DTYPES and layout.compiled in (False, compile):
+                return Choice(layout, rates, remembered=True)
+        return None
+
+    def put(self, key: str, choice: Choice) -> None:
+        """Remembers; a folder that cannot be written costs only the memory."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {**self._read(), key: choice.to_json()})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def key_of(spec: str, images: torch.Tensor, runtime: Runtime, compile: bool) -> str:
+    """What a choice depends on: device, model, images [B, H, W, 3], precision, versions."""
+    device = (
+        torch.cuda.get_device_name(runtime.device)
+        if runtime.device.type == "cuda"
+        else f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    )
+    model = spec.partition("@")[0]  # the weights decide nothing here
+    shape = "x".join(map(str, images.shape[:3]))
+    versions = f"torch {torch.__version__} timm {timm.__version__}"
+    return " | ".join((device, model, shape, runtime.precision, "compile" if compile else "eager", versions))

@@ -1,0 +1,100 @@
+"""From loaded teachers to a running ensemble: layouts chosen, folded, compiled, captured, and checked on a real batch.
+
+Shape legend: B images of this process's part of a step, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mealfast import models, parity
+from mealfast.recipe import Recipe
+from mealfast.runtime import Runtime
+from mealfast.teacher_layout import Choice, Layout, LayoutStore, default_layout, key_of
+from mealfast.teachers import FrozenEnsemble, measure_layouts
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """How one teacher runs, and how close to eager float32."""
+
+    spec: str
+    key: str  # what the choice depends on: teacher_layout.key_of
+    choice: Choice
+    parity: parity.Parity
+
+    def to_json(self) -> dict[str, Any]:
+        """For config.json and for checkpoints, from which a resumed run takes its layouts."""
+        return {"model": self.spec, "key": self.key, **self.choice.to_json(), "parity": self.parity.to_json()}
+
+    def __str__(self) -> str:
+        rates = self.choice.images_per_second
+        own = rates.get(str(self.choice.layout))
+        others = ", ".join(f"{name}: {rate:,.0f}" for name, rate in rates.items() if name != str(self.choice.layout))
+        speed = "" if own is None else f", {own:,.0f} images/s ({others})"
+        remembered = ", as remembered" if self.choice.remembered else ""
+        return f"teacher {self.spec}: {self.choice.layout}{speed}{remembered}; {self.parity}"
+
+
+def prepare(
+    recipe: Recipe,
+    runtime: Runtime,
+    teachers: Sequence[models.NormalizedModel],
+    images: torch.Tensor,
+    *,
+    compile: bool,
+    earlier: Mapping[str, Any],
+    specs: Sequence[str] | None = None,
+) -> tuple[FrozenEnsemble, list[TeacherReport]]:
+    """Teachers, ready to be called; `images` is one real batch, uint8 [B, H, W, 3] on the device.
+
+    `specs` names them (None: they are the recipe's live ones). `earlier` maps keys to the layouts that the run being
+    resumed had: another layout would round differently. Takes the models over. Raises UsageError for a teacher that
+    does not say what it says in eager float32.
+    """
+    specs = recipe.live_teachers if specs is None else specs
+    references = parity.reference_logits(teachers, images, runtime)
+    keys = [key_of(spec, images, runtime, compile) for spec in specs]
+    choices = [
+        _choice(recipe, runtime, teacher, images, compile, key, earlier)
+        for teacher, key in zip(teachers, keys, strict=True)
+    ]
+    ensemble = FrozenEnsemble(teachers, runtime, compile=compile, layouts=[choice.layout for choice in choices])
+    if runtime.device.type == "cuda" and recipe.cuda_graphs in (None, "ensemble"):
+        ensemble.capture(images)
+    found = parity.compare(specs, ensemble(images), references, runtime)
+    parity.check(found, runtime)
+    return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
+
+
+def _choice(
+    recipe: Recipe,
+    runtime: Runtime,
+    teacher: models.NormalizedModel,
+    images: torch.Tensor,
+    compile: bool,
+    key: str,
+    earlier: Mapping[str, Any],
+) -> Choice:
+    """One choice for all processes: the main one's."""
+    if key in earlier:
+        return Choice(Layout(**earlier[key]), {}, remembered=True)
+    if not recipe.tune_teachers:
+        return Choice(default_layout(runtime, compile), {})
+    choice = None
+    if runtime.is_main:
+        store = LayoutStore()
+        choice = store.get(key, compile)
+        if choice is None:
+            choice = measure_layouts(teacher, images, runtime, compile)
+            store.put(key, choice)
+    return runtime.gather(choice)[0]
+
+
+def layouts(reports: Sequence[TeacherReport]) -> dict[str, dict[str, Any]]:
+    """What `prepare` takes as `earlier`."""
+    return {report.key: asdict(report.choice.layout) for report in reports}
