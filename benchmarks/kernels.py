@@ -7,6 +7,7 @@ its time over the number of calls, so that no host time is in it. Beside it: wha
 measured so, and the bytes that must move (every logit read once, the student's gradient written once).
 Liger's KL divergence gets its target ready-made, which leaves out the ensemble's work; its backward stops the host to
 look at the upstream gradient, which no graph can hold, so that it is called from Python instead.
+torch.compile compiles once for all B. A case that needs more memory than is free is left out, with the reason.
 
 Without a GPU it says what it cannot measure, and prints the bytes, the launches and what the kernels compile to.
 
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -30,9 +32,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASSES = ("forward", "forward with backward")
 ROTATED = 512 * 2**20  # bytes of inputs to go through before one is used again: several times any L2 cache
 MOST_CALLS = 500  # of a graph
-REPLAYS = 50
+REPLAYS = 50, 10  # at most and at least
+SECONDS = 0.5  # to replay for, within these
 COPIED = 2**30  # bytes
 LIGER = "Liger"
+# The most [B, C] float32 that a method holds at once, beside inputs and gradient: decides whether a case is tried.
+SCRATCH = {"mealfast": 0, "eager": 8, "torch.compile": 4}
 
 
 def main() -> None:
@@ -45,13 +50,17 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}: copy {floor['copy GB/s']:.0f} GB/s, empty {floor['empty kernel us']:.2f} us"
     )
     print(f"{'':34}{'':22}{'us':>9}{'p20':>9}{'p80':>9}{'launches':>9}{'GB/s':>8}{'of copy':>8}")
+    methods = {name: loss for name, loss in losses().items() if name in args.methods}
+    compiled_for = None
     for batch, classes, teachers, dtype in grid(args):
-        for with_backward, (name, loss) in itertools.product((False, True), losses().items()):
-            if name in args.methods:
-                row = measure(name, loss, batch, classes, teachers, dtype, with_backward, floor)
-                report(row)
-                if args.out:
-                    write(args.out, [row])
+        if compiled_for != (classes, teachers, dtype):
+            compiled_for = classes, teachers, dtype
+            torch._dynamo.reset()  # or torch.compile gives up after eight shapes
+        for with_backward, (name, loss) in itertools.product((False, True), methods.items()):
+            row = measure(name, loss, batch, classes, teachers, dtype, with_backward, floor)
+            report(row)
+            if args.out:
+                write(args.out, [row])
 
 
 def parse() -> argparse.Namespace:
@@ -67,7 +76,9 @@ def parse() -> argparse.Namespace:
 
 
 def grid(args: argparse.Namespace):
-    return itertools.product(args.batch, args.classes, args.teachers, args.dtype)
+    """(B, C, K, dtype), with B changing fastest."""
+    for classes, teachers, dtype, batch in itertools.product(args.classes, args.teachers, args.dtype, args.batch):
+        yield batch, classes, teachers, dtype
 
 
 def losses() -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
@@ -75,14 +86,15 @@ def losses() -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
     found = {
         "mealfast": ensemble_soft_cross_entropy,
         "eager": formula,
-        "torch.compile": torch.compile(formula, dynamic=False),
+        "torch.compile": torch.compile(formula),
     }
-    if importlib.util.find_spec("liger_kernel") is not None:
+    try:
         from liger_kernel.transformers import LigerKLDIVLoss
-
-        divergence = LigerKLDIVLoss(reduction="batchmean")
-        # Of the teachers, the first is taken for the target: `measure` puts it there.
-        found[f"{LIGER}, target given"] = lambda student, teachers: divergence(student.log_softmax(-1), teachers[0])
+    except ImportError:  # Liger itself, or the transformers it wants, is not installed
+        return found
+    divergence = LigerKLDIVLoss(reduction="batchmean")
+    # Of the teachers, the first is taken for the target: `measure` puts it there.
+    found[f"{LIGER}, target given"] = lambda student, teachers: divergence(student.log_softmax(-1), teachers[0])
     return found
 
 
@@ -101,15 +113,17 @@ def measure(
 ) -> dict[str, object]:
     moved = bytes_to_move(batch, classes, teachers, DTYPES[dtype], with_backward)
     shape = {"B": batch, "C": classes, "K": teachers, "dtype": dtype, "pass": PASSES[with_backward]}
-    torch._dynamo.reset()  # or torch.compile gives up after eight shapes
+    read = batch * classes * DTYPES[dtype].itemsize * (1 + teachers)
+    copies = min(max(1, ROTATED // read), MOST_CALLS)
+    needed = read * copies + moved - read + batch * classes * 4 * SCRATCH.get(name, 8)
+    free, _ = torch.cuda.mem_get_info()
+    if needed > 0.9 * free:
+        return record(name, **shape, error=f"left out: needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+    inputs = None
     try:
-        read = batch * classes * DTYPES[dtype].itemsize * (1 + teachers)
-        inputs = [
-            make_inputs(name, batch, classes, teachers, DTYPES[dtype])
-            for _ in range(min(max(1, ROTATED // read), MOST_CALLS))
-        ]
-
-        upstream = torch.ones_like(loss(*inputs[0]))  # made once: autograd would launch a kernel each time
+        inputs = [make_inputs(name, batch, classes, teachers, DTYPES[dtype]) for _ in range(copies)]
+        with torch.no_grad():
+            upstream = torch.ones_like(loss(*inputs[0]))  # made once: autograd would launch a kernel each time
 
         def call(student, logits):
             if not with_backward:
@@ -119,8 +133,8 @@ def measure(
 
         times = times_of([lambda i=i: call(*i) for i in inputs], graph=not name.startswith(LIGER))
         launches = count_launches(lambda: call(*inputs[0]))
-    except torch.cuda.OutOfMemoryError:
-        return record(name, **shape, error="out of memory")
+    except RuntimeError as error:  # out of memory too: one case must not take the others along
+        return record(name, **shape, error=str(error).strip().partition("\n")[0])
     finally:
         inputs = None
         torch.cuda.empty_cache()
@@ -132,12 +146,15 @@ def measure(
         launches=launches,
         bytes=moved,
         **{"GB/s": bandwidth, "of copy": bandwidth / floor["copy GB/s"]},
+        **{"above empty kernel us": times[1] - floor["empty kernel us"]},
         **floor,
     )
 
 
 def make_inputs(name: str, batch: int, classes: int, teachers: int, dtype: torch.dtype):
     student, *logits = (torch.randn(batch, classes, device="cuda", dtype=dtype) for _ in range(1 + teachers))
+    for tensor in (student, *logits):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     if name.startswith(LIGER):
         logits = [ensemble_target(logits).to(dtype)]
     return student.requires_grad_(), logits
@@ -162,8 +179,9 @@ def times_of(calls: list[Callable[[], object]], graph: bool = True) -> tuple[flo
         with torch.cuda.graph(captured):
             replay()
         replay = captured.replay
-    replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    seconds = min(_seconds(replay) for _ in range(2))
+    replays = max(REPLAYS[1], min(REPLAYS[0], round(SECONDS / seconds)))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     for start, end in events:
         start.record()
         replay()
@@ -173,12 +191,21 @@ def times_of(calls: list[Callable[[], object]], graph: bool = True) -> tuple[flo
     return deciles[1], deciles[4], deciles[7]
 
 
+def _seconds(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def count_launches(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not getattr(event, "is_user_annotation", False) for event in events)  # torch.compile annotates its calls
 
 
 def copy_bandwidth() -> float:
@@ -197,7 +224,7 @@ def report(row: dict[str, object]) -> None:
     shape = f"B {row['B']:<6} C {row['C']:<6} K {row['K']} {row['dtype']}"
     label = f"{shape:<34}{row['name'] + (' +bw' if row['pass'] == PASSES[1] else ''):<22}"
     if "error" in row:
-        print(f"{label}{row['error']:>9}")
+        print(f"{label}{row['error']}", flush=True)
         return
     times = "".join(f"{row[key]:>9.2f}" for key in ("us", "p20 us", "p80 us"))
     print(f"{label}{times}{row['launches']:>9}{row['GB/s']:>8.0f}{row['of copy']:>8.0%}", flush=True)

@@ -5,6 +5,12 @@ On a GPU the forward launch also writes the student's gradient, for an upstream 
 nothing left to do, and elsewhere the kernel runs again with it, so that the gradient is rounded once and a loss scale
 saves what float16 would flush to zero.
 
+The mean or the sum over the samples, of loss and KL together, is a second, small launch. In one launch the last program
+to finish would have to do it, and know that it is the last: from a counter that is 0 at every start. A counter that
+lives on between calls adds up wrong, silently, when two streams or two graphs use it at once or a kernel is aborted; a
+new one takes a launch to clear. Float atomics instead would give other bits each time. And one program adding up 65,536
+losses would take longer than the launch it saves.
+
 Shape legend: B batch, C classes.
 """
 
@@ -29,44 +35,43 @@ def launched(
     reduction: str,
     with_kl: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An op's outputs: loss and KL, reduced, and gradient [B, C]; what was not asked for is empty.
+) -> tuple[Tensor, Tensor]:
+    """An op's outputs: loss, and KL if asked for, [1 or 2] reduced or [1 or 2, B]; gradient [B, C], or empty.
 
     `launch(factor=..., loss=[B], kl=[B] or None, gradient=[B, C] or None)` fills them; not called for an empty batch.
     """
-    loss = student.new_empty(student.shape[0], dtype=torch.float32)
-    kl = torch.empty_like(loss) if with_kl else None
+    samples = student.new_empty((1 + with_kl, student.shape[0]), dtype=torch.float32)
     gradient = student.new_empty(student.shape) if with_gradient else None
     if student.shape[0] > 0:
-        launch(factor=row_factor(student, reduction), loss=loss, kl=kl, gradient=gradient)
-    return (
-        reduced(loss, reduction),
-        loss.new_empty(0) if kl is None else reduced(kl, reduction),
-        student.new_empty(0) if gradient is None else gradient,
+        factor = row_factor(student, reduction)
+        launch(factor=factor, loss=samples[0], kl=samples[1] if with_kl else None, gradient=gradient)
+    return reduced(samples, reduction), student.new_empty(0) if gradient is None else gradient
+
+
+def fake(student: Tensor, reduction: str, with_kl: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The shapes and dtypes of `launched`."""
+    samples = student.new_empty((1 + with_kl, student.shape[0]), dtype=torch.float32)
+    return (samples if reduction == "none" else samples.new_empty(1 + with_kl)), student.new_empty(
+        student.shape if with_gradient else 0
     )
 
 
-def fake(student: Tensor, reduction: str, with_kl: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes and dtypes of `launched`."""
-    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=torch.float32)
-    kl = torch.empty_like(loss) if with_kl else loss.new_empty(0)
-    return loss, kl, student.new_empty(student.shape if with_gradient else 0)
-
-
 class FusedLoss(torch.autograd.Function):
-    """apply(op, backward_op, options, with_kl, with_gradient, student, *target) -> (loss, kl).
+    """apply(op, backward_op, options, with_kl, with_gradient, student, *target) -> (loss, kl or None).
 
-    op(student, target, *options, with_kl, with_gradient) -> (loss, kl, gradient), and
+    op(student, target, *options, with_kl, with_gradient) -> (loss and KL in one tensor, gradient), and
     backward_op(gradient, upstream, student, target, *options) rewrites the gradient in place.
     """
 
     @staticmethod
     def forward(ctx, op, backward_op, options, with_kl, with_gradient, student, *target):
-        loss, kl, gradient = op(student, target, *options, with_kl, with_gradient)
+        values, gradient = op(student, target, *options, with_kl, with_gradient)
+        loss, kl = values[0], values[1] if with_kl else None
         ctx.save_for_backward(student, *target)
         ctx.call = op, backward_op, options
         ctx.gradient = gradient
-        ctx.mark_non_differentiable(kl)
+        if with_kl:
+            ctx.mark_non_differentiable(kl)
         return loss, kl
 
     @staticmethod

@@ -2,8 +2,11 @@
 
 Shape legend: B batch, K teachers, C classes, k entries kept of each target.
 
-Sums and exponentials are in float32, or in float64 where an input is float64. Nothing here checks its arguments; the
-public functions do, see `arguments.py`.
+Accuracy: sums and exponentials are in float64 on a CPU, where they take no time beside a model, and in float32 on
+other devices unless an input is float64. What is left when 1 is taken from nearly 1 has no digits, so nothing here is
+computed so: with Z = 1 + the sum of the exponentials of all classes but the largest, log Z is log1p of that sum.
+
+Nothing here checks its arguments; the public functions do, see `arguments.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +17,13 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """Of the losses: float64 where an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if tensors[0].device.type == "cpu" else result_dtype(*tensors)
 
 
 def ensemble_target(teachers: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
@@ -23,8 +31,9 @@ def ensemble_target(teachers: Sequence[Tensor], weights: Sequence[float], temper
     dtype = accumulation_dtype(*teachers)
     target = None
     for teacher, weight in zip(teachers, weights, strict=True):
-        e = _shifted(teacher.to(dtype), temperature).exp()
-        factor = weight / e.sum(dim=-1, keepdim=True)
+        teacher = teacher.to(dtype)
+        e = ((teacher - teacher.amax(dim=-1, keepdim=True)) / temperature).exp()
+        factor = weight / e.sum(dim=-1, keepdim=True)  # torch.softmax on a CPU adds in a row, torch.sum in a cascade
         target = e * factor if target is None else torch.addcmul(target, e, factor)
     return target
 
@@ -33,20 +42,15 @@ def soft_cross_entropy(student: Tensor, target: Tensor, temperature: float = 1.0
     """MEAL V2, Eq. 3: -sum_c target log softmax(student / temperature), [B, C] and [B, C] -> [B].
 
     A class with target 0 adds nothing, even where the student's logit is -inf.
+
+    The gradient of the student's largest logit comes through the differences d from it: minus the sum of the others'.
     """
-    d = _shifted(student.to(accumulation_dtype(student, target)), temperature)
-    log_q = d - d.exp().sum(dim=-1, keepdim=True).log()
-    return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
-
-
-def _shifted(logits: Tensor, temperature: float) -> Tensor:
-    """(logits - their maximum) / temperature.
-
-    Softmax in steps from here on: torch.sum adds in a cascade; on a CPU torch.softmax does not, and is off by 14 eps of
-    float32 at 21,843 classes.
-    """
-    d = logits - logits.detach().amax(dim=-1, keepdim=True)
-    return d if temperature == 1.0 else d / temperature
+    student = student.to(accumulation_dtype(student, target))
+    top = student.argmax(dim=-1, keepdim=True)
+    d = (student - student.gather(-1, top)) / temperature
+    is_top = torch.zeros_like(d, dtype=torch.bool).scatter(-1, top, True)
+    log_z = d.exp().masked_fill(is_top, 0.0).sum(dim=-1).log1p()
+    return target.sum(dim=-1) * log_z - (target * d.masked_fill(is_top | (target == 0), 0.0)).sum(dim=-1)
 
 
 def entropy(target: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def densified(ids: Tensor, probabilities: Tensor, classes: int, remainder: str) 
 
 
 def reduced(samples: Tensor, reduction: str) -> Tensor:
-    """[B] -> a scalar with "mean" or "sum", [B] with "none"."""
+    """[..., B] -> [...] with "mean" or "sum", [..., B] with "none"."""
     if reduction == "none":
         return samples
-    return samples.mean() if reduction == "mean" else samples.sum()
+    return samples.mean(dim=-1) if reduction == "mean" else samples.sum(dim=-1)

@@ -40,7 +40,8 @@ def ensemble_target(
         ValueError: shapes or devices that differ, or an option out of its range.
     """
     teachers = [teacher.detach() for teacher in as_teachers(teacher_logits)]
-    return reference.ensemble_target(teachers, as_weights(weights, len(teachers)), check_temperature(temperature))
+    target = reference.ensemble_target(teachers, as_weights(weights, len(teachers)), check_temperature(temperature))
+    return target.to(reference.result_dtype(*teachers))
 
 
 def ensemble_soft_cross_entropy(
@@ -78,7 +79,7 @@ def ensemble_soft_cross_entropy(
         batch is NaN (as in torch.nn.functional.cross_entropy), its sum 0.
 
     On a GPU one launch reads every logit once and writes the samples' losses, KLs and gradients; the mean or the sum of
-    the samples is one more, small launch (in a fixed order, so that equal inputs give equal bits). Rows of unit stride
+    both is one more, small launch (in a fixed order, so that equal inputs give equal bits). Rows of unit stride
     are read where they are, others are copied first. Let this function take the mean: backward is free where the
     upstream gradient is 1, and elsewhere takes a second pass over the logits.
 
@@ -104,10 +105,12 @@ def ensemble_soft_cross_entropy(
 
     target = reference.ensemble_target(teachers, weights, temperature)
     samples = reference.soft_cross_entropy(student_logits, target, temperature)
-    loss = reference.reduced(samples, reduction)
+    dtype = reference.result_dtype(student_logits, *teachers)
+    loss = reference.reduced(samples, reduction).to(dtype)
     if not return_kl:
         return loss
-    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction)
+    kl = (samples.detach() - reference.entropy(target)).clamp(min=0.0)  # rounding may leave less than 0
+    return loss, reference.reduced(kl, reduction).to(dtype)
 
 
 @torch.library.custom_op("mealfast::ensemble_soft_ce", mutates_args=())
@@ -119,8 +122,8 @@ def ensemble_soft_ce(
     reduction: str,
     with_kl: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL and the student's gradient for an upstream of 1; what was not asked for is empty."""
+) -> tuple[Tensor, Tensor]:
+    """Loss and KL in one tensor, and the student's gradient for an upstream of 1; see `fused.launched`."""
     launch = partial(soft_ce_triton.launch, student, teachers, weights, temperature)
     return launched(launch, student, reduction, with_kl, with_gradient)
 

@@ -3,14 +3,16 @@
     P    = sum_k w_k softmax(t_k / T)                    (MEAL V2, Eq. 1)
     d    = s - max s,  e = exp(d / T),  Z = sum_c e
     loss = log Z - sum_c P d / T                         (Eq. 3; both terms are 0 or more: nothing cancels)
-    kl   = loss + sum_c P log P                          (Eq. 2)
-    g    = (e / Z - P) * factor / T                      the student's gradient; factor: upstream, and 1/B for a mean
+    kl   = loss + sum_c P log P                          (Eq. 2; 0 where rounding leaves less)
+    g    = (e / Z - P) * factor                          the student's gradient; factor: upstream / T, / B for a mean
+    g    = (sum_others P - sum_others e / Z) * factor    the same for the largest of the student's classes
 
 Shape legend: B batch, K teachers, C classes.
 """
 
 # ruff: noqa: N803 (constants of a kernel are in capitals)
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,19 +20,35 @@ import triton
 import triton.language as tl
 
 from .row_triton import (
+    LARGE,
     assert_outputs,
     assert_rows,
     blocks,
+    exp_and_others,
+    exp_over_t,
+    exponent,
     load_logits,
-    log_sum,
-    max_and_sum,
-    over_temperature,
+    log1p,
     programs,
     store_row,
+    sweep,
     target_chunk,
     target_row,
     teacher_sums,
+    x_log2_x,
 )
+
+LN2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def _store_samples(loss, kl, row, others, expected_d, negative_entropy, one_over_t):
+    """Loss and KL of one row; negative_entropy is not read where KL is None."""
+    value = log1p(others) - expected_d * one_over_t
+    tl.store(loss + row, value)
+    if kl is not None:
+        divergence = value + negative_entropy
+        tl.store(kl + row, tl.where(divergence < 0.0, 0.0, divergence))  # a NaN stays
 
 
 @triton.jit
@@ -43,8 +61,8 @@ def _one_row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    log2e_over_t,
     one_over_t,
+    exponent,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
@@ -54,20 +72,26 @@ def _one_row(
     student_logits = load_logits(
         student + row * student_stride, 0, C, BLOCK, ""
     )  # first, to arrive while teachers reduce
-    target = target_row(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
-    s = student_logits.to(tl.float32)
-    d = s - tl.max(s, 0)
-    e = tl.exp2(d * log2e_over_t)
-    others = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
-    ties = tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
+    target = target_row(teachers, teacher_strides, weights, row, exponent, C, BLOCK)
+    d, e, others = exp_and_others(student_logits.to(tl.float32), exponent)
+    other_targets = tl.sum(tl.where(d == 0.0, 0.0, target), 0)
+    # The d of the student's largest class where it and its target are best known from the others; else no d at all.
+    from_others = tl.where(others < 1.0, tl.where(other_targets < 0.5, 0.0, 1.0), 1.0)
     if loss is not None:
-        value = log_sum(others, ties) - tl.sum(tl.where(target == 0.0, 0.0, target * d), 0) * one_over_t
-        tl.store(loss + row, value)
-        if kl is not None:
-            tl.store(kl + row, value + tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0))
+        target_d = tl.where(target == 0.0, 0.0, target * d)
+        if other_targets < 0.5:  # the largest term, if one stands out, is the 0 of d = 0
+            expected_d = tl.sum(target_d, 0)
+        else:
+            expected_d = tl.sum(tl.where(target > LARGE, target_d, 0.0), 0)
+            expected_d += tl.sum(tl.where(target > LARGE, 0.0, target_d), 0)
+        x_log_x = tl.sum(tl.where(d == from_others, 0.0, x_log2_x(target)), 0) * LN2
+        x_log_x += tl.where(from_others == 0.0, (1.0 - other_targets) * log1p(-other_targets), 0.0)
+        _store_samples(loss, kl, row, others, expected_d, x_log_x, one_over_t)
     if gradient is not None:
-        g = (e * tl.div_rn(1.0, others + ties) - target) * (factor * one_over_t)
-        store_row(gradient + row * C, 0, g, C, BLOCK)
+        one_over_z = tl.div_rn(1.0, 1.0 + others)
+        top_g = other_targets - others * one_over_z
+        g = tl.where(d == from_others, top_g, e * one_over_z - target)
+        store_row(gradient + row * C, 0, g * factor, C, BLOCK)
 
 
 @triton.jit
@@ -80,39 +104,53 @@ def _long_row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    log2e_over_t,
     one_over_t,
+    exponent,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row of several chunks, swept twice."""
-    tops, factors = teacher_sums(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
-    top, z = max_and_sum(student + row * student_stride, log2e_over_t, C, BLOCK)
-    one_over_z = tl.div_rn(1.0, z)
-    others = 0.0
-    ties = 0.0
-    expected_d = 0.0
-    negative_entropy = 0.0
+    sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK)
+    top, at, rough_others = sweep(student + row * student_stride, exponent, C, BLOCK)
+    one_over_z = tl.div_rn(1.0, 1.0 + rough_others)
+    # A lane adds up its own classes, so that the loop holds no barrier.
+    others = tl.zeros([BLOCK], tl.float32)
+    other_targets = tl.zeros([BLOCK], tl.float32)
+    top_target = tl.zeros([BLOCK], tl.float32)
+    expected_d = tl.zeros([BLOCK], tl.float32)
+    expected_large_d = tl.zeros([BLOCK], tl.float32)
+    negative_entropy = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
-        target = target_chunk(teachers, teacher_strides, tops, factors, row, first, log2e_over_t, C, BLOCK)
-        d = load_logits(student + row * student_stride, first, C, BLOCK, "evict_first").to(tl.float32) - top
-        e = tl.exp2(d * log2e_over_t)
+        target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK)
+        s = load_logits(student + row * student_stride, first, C, BLOCK, "evict_first").to(tl.float32)
+        e = exp_over_t(s, top, rough_others, exponent)
+        is_top = first + tl.arange(0, BLOCK) == at
+        others += tl.where(is_top, 0.0, e)
+        other_targets += tl.where(is_top, 0.0, target)
         if loss is not None:
-            others += tl.sum(tl.where(d == 0.0, 0.0, e), 0)
-            ties += tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
-            expected_d += tl.sum(tl.where(target == 0.0, 0.0, target * d), 0)
+            target_d = tl.where(target == 0.0, 0.0, target * (s - top))
+            expected_d += tl.where(target > LARGE, 0.0, target_d)
+            expected_large_d += tl.where(target > LARGE, target_d, 0.0)
             if kl is not None:
-                negative_entropy += tl.sum(tl.where(target == 0.0, 0.0, target * tl.log(target)), 0)
+                top_target += tl.where(is_top, target, 0.0)
+                negative_entropy += tl.where(is_top, 0.0, x_log2_x(target))
         if gradient is not None:
-            g = (e * one_over_z - target) * (factor * one_over_t)
-            store_row(gradient + row * C, first, g, C, BLOCK)
+            store_row(gradient + row * C, first, (e * one_over_z - target) * factor, C, BLOCK)
+    sum_others = tl.sum(others, 0)
+    sum_other_targets = tl.sum(other_targets, 0)
     if loss is not None:
-        value = log_sum(others, ties) - expected_d * one_over_t
-        tl.store(loss + row, value)
-        if kl is not None:
-            tl.store(kl + row, value + negative_entropy)
+        p = tl.sum(top_target, 0)
+        top_log = tl.where(sum_other_targets < 0.5, log1p(-sum_other_targets), tl.log(p))
+        x_log_x = tl.sum(negative_entropy, 0) * LN2 + tl.where(p == 0.0, 0.0, p * top_log)
+        sum_expected_d = tl.sum(expected_d, 0) + tl.sum(expected_large_d, 0)
+        _store_samples(loss, kl, row, sum_others, sum_expected_d, x_log_x, one_over_t)
+    if gradient is not None:
+        top_g = sum_other_targets - sum_others * one_over_z
+        at = tl.where(sum_others < 1.0, at, C)  # else better known from itself, as it stands
+        tl.debug_barrier()  # overwrites what another thread has just stored
+        tl.store(gradient + row * C + at, (top_g * factor).to(gradient.dtype.element_ty), mask=at < C)
 
 
 @triton.jit
@@ -126,8 +164,8 @@ def ensemble_soft_ce_kernel(
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
     factor,
-    log2e_over_t,
     one_over_t,
+    exponent,  # of `row_triton.exponent`
     upstream_stride: tl.constexpr,
     student_stride: tl.constexpr,
     teacher_strides: tl.constexpr,
@@ -147,8 +185,8 @@ def ensemble_soft_ce_kernel(
             gradient,
             program,
             factor,
-            log2e_over_t,
             one_over_t,
+            exponent,
             student_stride,
             teacher_strides,
             C,
@@ -168,8 +206,8 @@ def ensemble_soft_ce_kernel(
                     gradient,
                     row,
                     scale * factor,
-                    log2e_over_t,
                     one_over_t,
+                    exponent,
                     student_stride,
                     teacher_strides,
                     C,
@@ -209,8 +247,9 @@ def launch(
             gradient,
             upstream,
             student.shape[0],
-            factor,
-            **over_temperature(temperature),
+            factor / temperature,
+            1.0 / temperature,
+            exponent(temperature),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
             student_stride=student.stride(0),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),

@@ -71,10 +71,11 @@ def sparse_soft_cross_entropy(
     dtype = reference.accumulation_dtype(student_logits, probabilities)
     target = reference.densified(ids, probabilities.to(dtype), student_logits.shape[1], remainder)
     samples = reference.soft_cross_entropy(student_logits, target, temperature)
-    loss = reference.reduced(samples, reduction)
+    dtype = reference.result_dtype(student_logits, probabilities)
+    loss = reference.reduced(samples, reduction).to(dtype)
     if not return_kl:
         return loss
-    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction)
+    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction).to(dtype)
 
 
 @torch.library.custom_op("mealfast::sparse_soft_ce", mutates_args=())
@@ -86,8 +87,8 @@ def sparse_soft_ce(
     reduction: str,
     with_kl: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL and the student's gradient for an upstream of 1; `target` is (ids, probabilities)."""
+) -> tuple[Tensor, Tensor]:
+    """As `ensemble_soft_ce`; `target` is (ids, probabilities)."""
     launch = partial(sparse_soft_ce_triton.launch, student, *target, remainder, temperature)
     return launched(launch, student, reduction, with_kl, with_gradient)
 

@@ -7,7 +7,8 @@
     d    = s - max s,  e = exp(d / T),  Z = sum_c e
     loss = M log Z - (sum_j p_j d_ij + r sum_(c not kept) d_c) / T
     kl   = loss + sum_j p_j log p_j + (C - k) r log r
-    g    = (M e / Z - (p_j where kept, r elsewhere)) * factor / T
+    g    = (M e / Z - (p_j where kept, r elsewhere)) * factor
+    g    = (mass of the others - M sum_others e / Z) * factor     the same for the largest of the student's classes
 
 Shape legend: B batch, C classes, k entries kept of each target.
 """
@@ -21,12 +22,14 @@ import triton.language as tl
 from .row_triton import (
     assert_outputs,
     blocks,
+    exp_and_others,
+    exp_over_t,
+    exponent,
     load_logits,
-    log_sum,
-    max_and_sum,
-    over_temperature,
+    log1p,
     programs,
     store_row,
+    sweep,
 )
 
 
@@ -41,15 +44,12 @@ def _finite(d):
 
 
 @triton.jit
-def _chunk_sums(d, first, log2e_over_t, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Of BLOCK classes: sum of e without the largest, how many are largest, sum of finite d, how many are -inf."""
-    classes = first + tl.arange(0, BLOCK)
-    e = tl.exp2(d * log2e_over_t)
-    others = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
-    ties = tl.sum(tl.where(d == 0.0, 1.0, 0.0), 0)
-    finite = tl.sum(_finite(d), 0)
-    masked = tl.sum(tl.where((d == -float("inf")) & (classes < C), 1.0, 0.0), 0)
-    return others, ties, finite, masked
+def _missing_to_one(p):
+    """1 - sum p, the largest taken from 1 before the others, so that a p next to 1 costs no digits."""
+    top = tl.max(p, 0)
+    others = tl.sum(tl.where(p == top, 0.0, p), 0)
+    ties = tl.sum(tl.where(p == top, 1.0, 0.0), 0)
+    return tl.maximum((1.0 - top) - (others + (ties - 1.0) * top), 0.0)
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def _row(
     gradient,  # [B, C], contiguous, or None
     row,
     factor,
-    log2e_over_t,
     one_over_t,
+    exponent,
     student_stride: tl.constexpr,
     RENORMALISE: tl.constexpr,
     C: tl.constexpr,
@@ -85,42 +85,52 @@ def _row(
     if RENORMALISE or C == K:
         rest = tl.zeros([], tl.float32)
     else:
-        rest = tl.maximum(1.0 - n, 0.0) * (1.0 / (C - K))
+        rest = tl.div_rn(_missing_to_one(p), (C - K) * 1.0)
     mass = n + rest * (C - K)
 
-    scale = factor * one_over_t
     if BLOCK >= C:
         s = load_logits(student, 0, C, BLOCK, "").to(tl.float32)
         top = tl.max(s, 0)
-        d = s - top
-        others, ties, finite, masked = _chunk_sums(d, 0, log2e_over_t, C, BLOCK)
-        mass_over_z = tl.div_rn(mass, others + ties)
+        d, e, others = exp_and_others(s, exponent)
+        at = tl.min(tl.where(d == 0.0, tl.arange(0, BLOCK), C), 0)
+        rough_others = others
+        mass_over_z = tl.div_rn(mass, 1.0 + others)
+        if loss is not None:
+            finite = tl.sum(_finite(d), 0)
+            masked = tl.sum(tl.where((d == -float("inf")) & (tl.arange(0, BLOCK) < C), 1.0, 0.0), 0)
         if gradient is not None:
-            g = (tl.exp2(d * log2e_over_t) * mass_over_z - rest) * scale
-            store_row(gradient + row * C, 0, g, C, BLOCK)
+            store_row(gradient + row * C, 0, (e * mass_over_z - rest) * factor, C, BLOCK)
     else:
-        top, z = max_and_sum(student, log2e_over_t, C, BLOCK)
-        mass_over_z = tl.div_rn(mass, z)
-        others = 0.0
-        ties = 0.0
-        finite = 0.0
-        masked = 0.0
+        top, at, rough_others = sweep(student, exponent, C, BLOCK)
+        mass_over_z = tl.div_rn(mass, 1.0 + rough_others)
+        others_of = tl.zeros([BLOCK], tl.float32)  # of each lane, so that the loop holds no barrier
+        finite_of = tl.zeros([BLOCK], tl.float32)
+        masked_of = tl.zeros([BLOCK], tl.float32)
         for first in tl.range(0, C, BLOCK):
-            d = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32) - top
+            classes = first + tl.arange(0, BLOCK)
+            s = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32)
+            d = s - top
+            e = exp_over_t(s, top, rough_others, exponent)
+            others_of += tl.where(classes == at, 0.0, e)
             if loss is not None:
-                sums = _chunk_sums(d, first, log2e_over_t, C, BLOCK)
-                others += sums[0]
-                ties += sums[1]
-                finite += sums[2]
-                masked += sums[3]
+                finite_of += _finite(d)
+                masked_of += tl.where((d == -float("inf")) & (classes < C), 1.0, 0.0)
             if gradient is not None:
-                g = (tl.exp2(d * log2e_over_t) * mass_over_z - rest) * scale
-                store_row(gradient + row * C, first, g, C, BLOCK)
+                store_row(gradient + row * C, first, (e * mass_over_z - rest) * factor, C, BLOCK)
+        others = tl.sum(others_of, 0)
+        finite = tl.sum(finite_of, 0)
+        masked = tl.sum(masked_of, 0)
 
-    d_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32) - top
+    s_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32)
+    d_kept = s_kept - top
     if gradient is not None:
-        tl.debug_barrier()  # the kept entries overwrite what other threads have just stored
-        g = (tl.exp2(d_kept * log2e_over_t) * mass_over_z - p) * scale
+        at = tl.where(others < 1.0, at, C)  # else better known from itself, as it stands
+        top_kept = tl.sum(tl.where(valid & (i == at), 1.0, 0.0), 0)
+        other_mass = tl.sum(tl.where(valid & (i == at), 0.0, p), 0) + rest * ((C - K - 1) + top_kept)
+        g_top = other_mass - others * mass_over_z
+        g = tl.where(i == at, g_top, exp_over_t(s_kept, top, rough_others, exponent) * mass_over_z - p) * factor
+        tl.debug_barrier()  # what follows overwrites what other threads have just stored
+        tl.store(gradient + row * C + at, (g_top * factor).to(gradient.dtype.element_ty), mask=at < C)
         tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
     if loss is not None:
         expected_d = tl.sum(tl.where(p == 0.0, 0.0, p * d_kept), 0)
@@ -128,7 +138,7 @@ def _row(
         masked -= tl.sum(tl.where(valid & (d_kept == -float("inf")), 1.0, 0.0), 0)
         spread = tl.where(masked > 0.0, -float("inf"), finite)
         expected_d += tl.where(rest == 0.0, 0.0, rest * spread)
-        value = mass * log_sum(others, ties) - expected_d * one_over_t
+        value = mass * log1p(others) - expected_d * one_over_t
         tl.store(loss + row, value)
         if kl is not None:
             tl.store(kl + row, value + tl.sum(_x_log_x(p), 0) + (C - K) * _x_log_x(rest))
@@ -145,8 +155,8 @@ def sparse_soft_ce_kernel(
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
     factor,
-    log2e_over_t,
     one_over_t,
+    exponent,  # of `row_triton.exponent`
     upstream_stride: tl.constexpr,
     student_stride: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -167,8 +177,8 @@ def sparse_soft_ce_kernel(
             gradient,
             program,
             factor,
-            log2e_over_t,
             one_over_t,
+            exponent,
             student_stride,
             RENORMALISE,
             C,
@@ -190,8 +200,8 @@ def sparse_soft_ce_kernel(
                     gradient,
                     row,
                     scale * factor,
-                    log2e_over_t,
                     one_over_t,
+                    exponent,
                     student_stride,
                     RENORMALISE,
                     C,
@@ -235,8 +245,9 @@ def launch(
             gradient,
             upstream,
             student.shape[0],
-            factor,
-            **over_temperature(temperature),
+            factor / temperature,
+            1.0 / temperature,
+            exponent(temperature),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
             student_stride=student.stride(0),
             RENORMALISE=remainder == "renormalise",

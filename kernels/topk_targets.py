@@ -47,7 +47,7 @@ def ensemble_topk(
     temperature = check_temperature(temperature)
     if uses_triton(*teachers):
         return ensemble_topk_op([unit_stride(teacher) for teacher in teachers], k, weights, temperature)
-    target = reference.ensemble_target(teachers, weights, temperature)
+    target = reference.ensemble_target(teachers, weights, temperature).to(reference.result_dtype(*teachers))
     probabilities, ids = target.sort(dim=-1, descending=True, stable=True)
     return ids[:, :k].int(), probabilities[:, :k].contiguous()
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_triton import assert_rows, blocks, over_temperature, target_chunk, target_row, teacher_sums
+from .row_triton import assert_rows, blocks, exponent, target_chunk, target_row, teacher_sums
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def ensemble_topk_kernel(
     weights,  # K floats that sum to one
     ids,  # int32 [B, k], contiguous
     probabilities,  # float32 [B, k], contiguous
-    log2e_over_t,
+    exponent,  # of `row_triton.exponent`
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -44,14 +44,12 @@ def ensemble_topk_kernel(
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     if BLOCK >= C:
-        keys = _top_keys(
-            target_row(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK), 0, C, BLOCK, K_BLOCK
-        )
+        keys = _top_keys(target_row(teachers, teacher_strides, weights, row, exponent, C, BLOCK), 0, C, BLOCK, K_BLOCK)
     else:
-        tops, factors = teacher_sums(teachers, teacher_strides, weights, row, log2e_over_t, C, BLOCK)
+        sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK)
         keys = tl.full([K_BLOCK], -1, tl.int64)
         for first in tl.range(0, C, BLOCK):
-            target = target_chunk(teachers, teacher_strides, tops, factors, row, first, log2e_over_t, C, BLOCK)
+            target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK)
             both = tl.join(keys, _top_keys(target, first, C, BLOCK, K_BLOCK))
             keys = tl.topk(tl.reshape(both, [2 * K_BLOCK]), K_BLOCK)
     entries = tl.arange(0, K_BLOCK)
@@ -77,18 +75,19 @@ def launch(
     assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
     assert ids.is_contiguous()
     assert probabilities.is_contiguous()
-    block, options = blocks(max(classes, 2))  # topk sorts two or more
+    kept = max(2, triton.next_power_of_2(ids.shape[1]))  # topk sorts two or more
+    block, options = blocks(max(classes, 2))
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
             tuple(weights),
             ids,
             probabilities,
-            over_temperature(temperature)["log2e_over_t"],
+            exponent(temperature),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=classes,
-            BLOCK=block,
+            BLOCK=max(block, kept),
             K=ids.shape[1],
-            K_BLOCK=max(2, triton.next_power_of_2(ids.shape[1])),
+            K_BLOCK=kept,
             **options,
         )
