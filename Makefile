@@ -46,7 +46,7 @@ test: lint
 bench: install
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/throughput.py --device cpu --sizes 224 --batch 32 --student resnet18 \
-		--teachers resnet34 resnet26 --out $(BENCH)/throughput.jsonl
+		--teachers resnet34 resnet26 --seconds 3 --rounds 6 --out $(BENCH)/throughput.jsonl
 	$(BIN)/python benchmarks/report.py $(BENCH)/throughput.jsonl --plot $(BENCH)/throughput.png
 	@echo "results: $(BENCH)/throughput.jsonl  plot: $(BENCH)/throughput.png"
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-CONTENDERS = ("baseline", "timm-style", "mealfast", "mealfast-replayed", "mealfast-cached")
+CONTENDERS = ("baseline", "timm-style", "mealfast", "mealfast-replayed", "models-alone", "mealfast-cached")
 LOADERS = ("bare-dali", "mealfast-dali", "mealfast-pillow", "torchvision", "torchvision-uint8")
 WORDS = {
     "baseline": "the paper's way: Pillow, float32, NCHW, eager",
     "timm-style": "timm-style loop: autocast, one teacher",
     "mealfast": "**mealfast**",
     "mealfast-replayed": "mealfast, one batch in memory",
+    "models-alone": "the models' passes alone, without loss and optimiser",
     "mealfast-cached": "mealfast from a label cache (no teacher runs)",
     "bare-dali": "bare DALI pipeline (file reader, random crop)",
     "mealfast-dali": "**mealfast, DALI**",

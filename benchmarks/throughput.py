@@ -5,8 +5,9 @@
 
 `baseline` is the method as the paper's code runs it (baseline.py), `timm-style` a usual loop with one teacher
 (timm_style.py). `mealfast` is what `mealfast train` runs, decoding included; `mealfast-replayed` the same on one batch
-in memory; `mealfast-cached` a student from a label cache. They take turns, round by round, so that a busy machine slows
-them alike; the median of the rounds counts. Then come the stages of the step and other batch sizes. Weights are random.
+in memory; `models-alone` the forward and backward passes in it, so that `overhead` is what mealfast adds to them;
+`mealfast-cached` a student from a label cache. They take turns, round by round, so that a busy machine slows all of
+them; the median of the rounds counts. Then come the stages of the step and other batch sizes. Weights are random.
 """
 
 from __future__ import annotations
@@ -134,18 +135,17 @@ def measure_size(
     for contender in contenders:
         extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
         extra |= {"precision": contender.precision or runtime.precision, "clocks": clocks()}
+        if contender.name == "mealfast-replayed" and "models-alone" in rates:
+            pairs = zip(rates["mealfast-replayed"], rates["models-alone"], strict=True)
+            extra["overhead"] = round(statistics.median(1 - step / models for step, models in pairs), 4)
         yield row(contender.name, rates[contender.name], facts | extra)
         contender.close()
     del contenders
     if not args.no_stages:
-        found = {stage.name: stage for stage in stages.measure(run, args.seconds)}
-        models = found[stages.ENSEMBLE].seconds + found[stages.FORWARD_BACKWARD].seconds
-        for stage in found.values():
+        for stage in stages.measure(run, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
-            fields = {"images_per_second": round(stage.images_per_second, 1), "spread": spread}
-            if stage.name == stages.STEP_REPLAYED:
-                fields["overhead"] = round(1 - models / stage.seconds, 4)  # of the step: all but the models
-            yield record(f"stage: {stage.name}", **fields, **facts)
+            rate = round(stage.images_per_second, 1)
+            yield record(f"stage: {stage.name}", images_per_second=rate, spread=spread, **facts)
     del run
     for batch in args.sweep:
         free(runtime)
@@ -216,6 +216,22 @@ def mealfast_replayed(args, runtime, recipe, run, data, scratch) -> Contender:
     return Contender("mealfast-replayed", lambda: run.train_step(batch, 0))
 
 
+def models_alone(args, runtime, recipe, run, data, scratch) -> Contender:
+    """The teachers, and the student forward and backward: what of a step is not mealfast's own."""
+    loader = run._loader(0, 1)
+    images = next(iter(loader)).images
+    loader.close()
+
+    def step() -> None:
+        run.parts.teachers(images)
+        with runtime.autocast():
+            logits = run.parts.student(images)
+        logits.backward(torch.ones_like(logits))
+        run.parts.optimizer.zero_grad(set_to_none=True)
+
+    return Contender("models-alone", step)
+
+
 def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
     """A run of its own from a real label cache: one view, the ten largest probabilities."""
     cache = scratch / f"cache-{recipe.size}"
@@ -242,6 +258,7 @@ MAKERS = {
     "timm-style": timm_style,
     "mealfast": mealfast,
     "mealfast-replayed": mealfast_replayed,
+    "models-alone": models_alone,
     "mealfast-cached": mealfast_cached,
 }
 NAMES = tuple(MAKERS)
