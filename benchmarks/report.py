@@ -2,7 +2,7 @@
 
     python benchmarks/report.py RESULTS.jsonl [MORE.jsonl ...] [--plot FILE.png] [--readme README.md]
 
-Reads what throughput.py, loaders.py and kernels.py wrote with `--out`. Figures of different hardware, size or batch are
+Reads what throughput.py and loaders.py wrote with `--out`. Figures of different hardware, size or batch are
 kept apart; where one was measured more than once, the newest counts. `--readme` replaces what lies between the lines
 `<!-- benchmarks -->` and `<!-- /benchmarks -->`.
 """
@@ -55,8 +55,8 @@ def read(path: Path) -> list[Row]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"benchmarks/report.py: {path}: cannot be read as JSON lines ({error})") from None
-    # The kernels' rows have tables of their own: kernels.py prints them.
-    return [row for row in rows if "images_per_second" in row]
+    # What the other benchmarks measured, they print in tables of their own.
+    return [row for row in rows if row["name"] in (*CONTENDERS, *LOADERS) or row["name"].startswith("stage: ")]
 
 
 def tables(rows: Iterable[Row]) -> list[str]:
@@ -147,7 +147,7 @@ def fill(readme: Path, text: str) -> None:
     _, end, tail = rest.partition(END)
     if not start or not end:
         raise SystemExit(f"benchmarks/report.py: --readme {readme}: has no lines {START} and {END}")
-    readme.write_text(f"{head}{START}\n{text}\n{END}{tail}", encoding="utf-8")
+    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_the_report_has_every_figure_and_its_ratio(results, tmp_path):
         line for line in printed.splitlines() if line.startswith("| **mealfast** |") and f" {ratio:.2f} |" in line
     ]
     assert f"{rows['mealfast']['images_per_second']:,.1f}" in line
-    assert readme.read_text() == f"before\n<!-- benchmarks -->\n{printed.strip()}\n<!-- /benchmarks -->\nafter\n"
+    assert readme.read_text() == f"before\n<!-- benchmarks -->\n\n{printed.strip()}\n\n<!-- /benchmarks -->\nafter\n"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
