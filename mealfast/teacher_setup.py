@@ -5,6 +5,7 @@ Shape legend: B images of this process's part of a step, H and W pixels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,14 +59,26 @@ def prepare(
     """
     specs = recipe.live_teachers if specs is None else specs
     references = parity.reference_logits(teachers, images, runtime)
-    keys = [key_of(spec, images, runtime, compile) for spec in specs]
-    choices = [
-        _choice(recipe, runtime, teacher, images, compile, key, earlier)
-        for teacher, key in zip(teachers, keys, strict=True)
-    ]
+    # The main process chooses for all.
+    keys = runtime.gather([key_of(spec, images, runtime, compile) for spec in specs])[0]
+    choices = None
+    with runtime.main_first():  # minutes, where it compiles: a collective would time out
+        if runtime.is_main:
+            choices = [
+                _choice(recipe, runtime, teacher, images, compile, key, earlier)
+                for teacher, key in zip(teachers, keys, strict=True)
+            ]
+    choices = runtime.gather(choices)[0]
     ensemble = FrozenEnsemble(teachers, runtime, compile=compile, layouts=[choice.layout for choice in choices])
     if runtime.device.type == "cuda" and recipe.cuda_graphs in (None, "ensemble"):
-        ensemble.capture(images)
+        try:
+            ensemble.capture(images)
+        except RuntimeError as error:
+            if recipe.cuda_graphs:
+                raise
+            if runtime.is_main:  # nobody asked for a graph: it is the run that matters
+                reason = str(error).strip().splitlines()[0]
+                print(f"note: the teachers cannot be captured as a CUDA graph ({reason}): run without", file=sys.stderr)
     found = parity.compare(specs, ensemble(images), references, runtime)
     parity.check(found, runtime)
     return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
@@ -80,19 +93,16 @@ def _choice(
     key: str,
     earlier: Mapping[str, Any],
 ) -> Choice:
-    """One choice for all processes: the main one's."""
     if key in earlier:
         return Choice(Layout(**earlier[key]), {}, remembered=True)
     if not recipe.tune_teachers:
         return Choice(default_layout(runtime, compile), {})
-    choice = None
-    if runtime.is_main:
-        store = LayoutStore()
-        choice = store.get(key, compile)
-        if choice is None:
-            choice = measure_layouts(teacher, images, runtime, compile)
-            store.put(key, choice)
-    return runtime.gather(choice)[0]
+    store = LayoutStore()
+    choice = store.get(key, compile)
+    if choice is None:
+        choice = measure_layouts(teacher, images, runtime, compile)
+        store.put(key, choice)
+    return choice
 
 
 def layouts(reports: Sequence[TeacherReport]) -> dict[str, dict[str, Any]]:
