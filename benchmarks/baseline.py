@@ -56,7 +56,7 @@ class Baseline:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
-        self._batches = self._endless()
+        self._batches = endless(self._loader)
 
     def step(self) -> None:
         images = self.next_batch().to(self.device, non_blocking=True)  # float32 [B, 3, H, W]
@@ -83,10 +83,12 @@ class Baseline:
     def close(self) -> None:
         self._batches.close()
 
-    def _endless(self) -> Iterator[torch.Tensor]:
-        while True:
-            for images, _ in self._loader:
-                yield images
+
+def endless(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """The images of a loader of images and labels, epoch after epoch."""
+    while True:
+        for images, _ in loader:
+            yield images
 
 
 def augmentation(size: int) -> transforms.Compose:

@@ -202,7 +202,7 @@ def timm_style(args, runtime, recipe, run, data, scratch) -> Contender:
 
 
 def mealfast(args, runtime, recipe, run, data, scratch) -> Contender:
-    loader = run._loader(0, 1 << 30)
+    loader = run.loader(0, 1 << 30)
     batches = iter(loader)
     return Contender(
         "mealfast", lambda: run.train_step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close
@@ -210,7 +210,7 @@ def mealfast(args, runtime, recipe, run, data, scratch) -> Contender:
 
 
 def mealfast_replayed(args, runtime, recipe, run, data, scratch) -> Contender:
-    loader = run._loader(0, 1)
+    loader = run.loader(0, 1)
     batch = next(iter(loader))
     loader.close()
     return Contender("mealfast-replayed", lambda: run.train_step(batch, 0))
@@ -218,7 +218,7 @@ def mealfast_replayed(args, runtime, recipe, run, data, scratch) -> Contender:
 
 def models_alone(args, runtime, recipe, run, data, scratch) -> Contender:
     """The teachers, and the student forward and backward: what of a step is not mealfast's own."""
-    loader = run._loader(0, 1)
+    loader = run.loader(0, 1)
     images = next(iter(loader)).images
     loader.close()
 
@@ -240,7 +240,7 @@ def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
     fields = {name: value for name, value in recipe.to_json().items() if name not in ("teachers", "lr_decay_epochs")}
     fields |= {"label_cache": str(cache), "run_dir": str(scratch / "cached-run")}
     cached = Run(make_recipe(None, **fields), runtime, RunDirectory(scratch / "cached-run"))
-    loader = cached._loader(0, 1 << 30)
+    loader = cached.loader(0, 1 << 30)
     batches = iter(loader)
 
     def close() -> None:

@@ -5,12 +5,12 @@ Shape legend: B images, C classes, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from baseline import endless
 
 
 class TimmStyle:
@@ -44,7 +44,7 @@ class TimmStyle:
             pin_memory=gpu,
             device=device,
         )
-        self._batches = self._endless()
+        self._batches = endless(self._loader)
 
     def step(self) -> None:
         images = self.next_batch().to(self.device, memory_format=torch.channels_last, non_blocking=True)
@@ -62,8 +62,3 @@ class TimmStyle:
 
     def close(self) -> None:
         self._batches.close()
-
-    def _endless(self) -> Iterator[torch.Tensor]:
-        while True:
-            for images, _ in self._loader:
-                yield images

@@ -132,7 +132,7 @@ class Run:
             self.train_step.writer = label_writer  # from here on: what is only measured is not written
             self._finish_views()  # that a process which was killed had left unfinished
             if self.step < self.last_step:
-                loader = self._loader(self.step, self.last_step)
+                loader = self.loader(self.step, self.last_step)
                 self._loop(iter(loader))
             if label_writer:
                 label_writer.flush()
@@ -172,7 +172,7 @@ class Run:
         parts, recipe = self.parts, self.recipe
         if not parts.loaded_teachers:
             return []
-        loader = self._loader(0, 1)
+        loader = self.loader(0, 1)
         try:
             images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
         finally:
@@ -189,7 +189,8 @@ class Run:
         parts.loaded_teachers = []
         return reports
 
-    def _loader(self, start_step: int, stop_step: int) -> Any:
+    def loader(self, start_step: int, stop_step: int) -> Any:
+        """This process's training batches of steps `start_step` to `stop_step` - 1; close it."""
         recipe, runtime, writer = self.recipe, self.runtime, self.label_writer
         return train_loader(
             recipe.loader,

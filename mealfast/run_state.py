@@ -10,7 +10,7 @@ from torch import nn
 from mealfast.assembly import Parts
 from mealfast.errors import UsageError
 from mealfast.runtime import Runtime
-from mealfast.teacher_layout import DTYPES, FORMATS, Layout
+from mealfast.teacher_layout import is_layout
 from mealfast.train_step import TrainStep
 
 
@@ -79,12 +79,9 @@ def check(state: dict[str, Any], what: str) -> None:
         line = state["scores"].get(name)
         if line is not None and not (isinstance(line, dict) and isinstance(line.get("top1"), (int, float))):
             raise UsageError(f"{what}: is damaged (its {name} score)")
-    try:
-        found = [Layout(**layout) for layout in state.get("layouts", {}).values()]
-        if any(one.memory_format not in FORMATS or one.dtype not in DTYPES for one in found):
-            raise ValueError
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{what}: is damaged (its teachers' layouts)") from error
+    layouts = state.get("layouts", {})
+    if not isinstance(layouts, dict) or not all(map(is_layout, layouts.values())):
+        raise UsageError(f"{what}: is damaged (its teachers' layouts)")
     if type(state.get("bad_in_a_row", 0)) is not int:
         raise UsageError(f"{what}: is damaged (its count of bad steps)")
 

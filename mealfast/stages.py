@@ -51,7 +51,7 @@ def measure(run: Run, seconds: float) -> Iterator[Stage]:
     """
     timer = Timer(run.runtime, run.recipe.batch_size, seconds)
     parts, train_step, steps = run.parts, run.train_step, itertools.count(run.step)
-    loader = run._loader(run.step, run.step + 1_000_000)
+    loader = run.loader(run.step, run.step + 1_000_000)
     try:
         batches = iter(loader)
         yield timer(DECODE, lambda: next(batches))
@@ -72,7 +72,7 @@ def measure(run: Run, seconds: float) -> Iterator[Stage]:
         yield timer(FORWARD_BACKWARD, forward_backward)
         yield timer(LOSS, _loss(run, batch, forward().detach()))
         yield timer(STEP_REPLAYED, lambda: train_step(batch, next(steps)))
-        yield timer(OPTIMISER, train_step._update)  # with the last step's gradients
+        yield timer(OPTIMISER, train_step.update)  # with the last step's gradients
         yield timer(STEP, lambda: train_step(next(batches), next(steps)))
         if parts.teachers:
             targets = _targets(run, images)

@@ -114,9 +114,9 @@ class LayoutStore:
         """What is known for a key; None where nothing is, or nothing that can be used."""
         entry = self._read().get(key)
         with suppress(TypeError, KeyError, ValueError, AttributeError):
-            layout = Layout(**entry["layout"])
+            layout = Layout(**entry["layout"]) if is_layout(entry["layout"]) else None
             rates = {str(name): float(rate) for name, rate in entry["images_per_second"].items()}
-            if layout.memory_format in FORMATS and layout.dtype in DTYPES and layout.compiled in (False, compile):
+            if layout is not None and layout.compiled in (False, compile):
                 return Choice(layout, rates, remembered=True)
         return None
 

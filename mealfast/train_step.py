@@ -118,7 +118,7 @@ class TrainStep:
                 )
                 parts.scaler.scale(loss / accumulate).backward()
             sums += terms / accumulate
-        bad = self._update()
+        bad = self.update()
         self._restore_statistics(statistics, bad)
         self.skipped += bad
         self.meter += torch.cat((sums, sums.new_ones(1))).masked_fill(bad, 0.0)
@@ -163,7 +163,7 @@ class TrainStep:
             after = torch.where(bad, before, self._statistics()).split([buffer.numel() for buffer in self.buffers])
             torch._foreach_copy_(self.buffers, [part.view_as(b) for part, b in zip(after, self.buffers, strict=True)])
 
-    def _update(self) -> torch.Tensor:
+    def update(self) -> torch.Tensor:
         """Updates the weights, unless a gradient is not finite: decided on the device, so that nothing waits.
 
         Returns whether it was skipped, a bool scalar there.

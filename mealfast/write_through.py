@@ -86,7 +86,12 @@ def _of_the_run_that_goes_on(recipe: Recipe) -> tuple[bool, WritePlan | None]:
         stored = json.loads(config.read_text(encoding="utf-8")).get("write_through")
     else:
         return False, None
-    return True, WritePlan(**stored) if isinstance(stored, dict) else None
+    try:
+        return True, WritePlan(**stored) if isinstance(stored, dict) else None
+    except TypeError as error:
+        raise UsageError(
+            f"--run-dir {recipe.run_dir}: its plan for the label cache is damaged; name another"
+        ) from error
 
 
 def _for_a_new_run(recipe: Recipe) -> WritePlan | None:

@@ -124,7 +124,7 @@ class TestOnAGpu:
         settings = {**fields, **ALL, "device": "cuda", "cuda_graphs": "step", "run_dir": str(tmp_path)}
         recipe = make_recipe(**settings)
         run = Run(recipe, runtimes.start("cuda", "auto"), RunDirectory(recipe.run_dir))
-        loader = run._loader(0, 8)
+        loader = run.loader(0, 8)
         try:
             for step, batch in enumerate(loader):
                 torch.cuda.set_sync_debug_mode("error" if step > cuda_graphs.WARM_UP else "default")
