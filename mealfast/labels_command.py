@@ -189,7 +189,8 @@ def _verify(argv: list[str]) -> int:
         runtime = runtimes.start(recipe.device, recipe.amp)
         try:
             index = training_images(recipe.data, runtime, recipe.loader_threads)
-            result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample)
+            dtypes = None if options.amp else labels_verify.dtypes_of(header, runtime.precision)
+            result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample, dtypes)
         finally:
             runtimes.stop()
     print(json.dumps(result) if options.json else _verified(options.cache, result))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mealfast.errors import UsageError
-from mealfast.loaders import ImageIndex, LabelCache, ViewPlan, label_loader
+from mealfast.loaders import CacheHeader, ImageIndex, LabelCache, ViewPlan, label_loader
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.soft_labels import LabelTeachers, compare, load_teachers, top_k_targets
+from mealfast.teacher_layout import is_layout
 
 # Mean total variation between stored and recomputed targets. The same machine gives what float16 rounds away, another
 # precision about a tenth of this; the view next to the right one is far beyond it.
@@ -33,15 +35,36 @@ def check_images(cache: LabelCache, index: ImageIndex, data: str) -> None:
         raise UsageError(f"--data {data}: not the images (paths, sizes) that {cache.folder} was made of")
 
 
-def recompute(cache: LabelCache, recipe: Recipe, runtime: Runtime, index: ImageIndex, batches: int) -> dict[str, Any]:
-    """Labels `batches` whole batches, spread over views and images, anew and compares them with the cache.
+def dtypes_of(header: CacheHeader, otherwise: str) -> list[str]:
+    """What each teacher computed in, of teacher_layout.DTYPES; `otherwise` where the header does not say."""
+    layouts = header.made_with.get("layouts")
+    layouts = {key: one for key, one in layouts.items() if is_layout(one)} if isinstance(layouts, dict) else {}
+    found = []
+    for teacher in header.teachers:
+        model = teacher["spec"].partition("@")[0]
+        own = [layout["dtype"] for key, layout in layouts.items() if f" | {model} | " in key]
+        found.append(own[-1] if own else otherwise)
+    return found
+
+
+def recompute(
+    cache: LabelCache,
+    recipe: Recipe,
+    runtime: Runtime,
+    index: ImageIndex,
+    batches: int,
+    dtypes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Labels `batches` whole batches, spread over views and images, anew and compares them with the cache. `dtypes`
+    are what the teachers compute in, None: the runtime's precision.
 
     Returns {"images", "mean_total_variation", "largest_total_variation"}. Raises UsageError: other images, other
     teachers, or targets that differ by more than rounding.
     """
     check_images(cache, index, recipe.data)
     header = cache.header
-    teachers = load_teachers(recipe, runtime).as_they_are(runtime)
+    dtypes = dtypes or [runtime.precision] * len(recipe.teachers)
+    teachers = load_teachers(recipe, runtime).as_they_are(runtime, dtypes)
     for given, known in zip(teachers.described, header.teachers, strict=False):
         if given["digest"] != known["digest"]:
             raise UsageError(

@@ -38,7 +38,7 @@ from mealfast.loaders import (
 from mealfast.progress import Progress, size_text
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
-from mealfast.teacher_layout import is_layout
+from mealfast.teacher_layout import default_layout, is_layout
 from mealfast.teacher_setup import TeacherReport, prepare
 from mealfast.teachers import FrozenEnsemble
 
@@ -66,9 +66,10 @@ class LoadedTeachers:
     classes: int
     compile: bool
 
-    def as_they_are(self, runtime: Runtime) -> LabelTeachers:
-        """In the default layout, unmeasured."""
-        ensemble = FrozenEnsemble(self.models, runtime, compile=self.compile)
+    def as_they_are(self, runtime: Runtime, dtypes: Sequence[str]) -> LabelTeachers:
+        """In the default layout, unmeasured, each in its dtype of teacher_layout.DTYPES."""
+        layouts = [default_layout(dtype, self.compile) for dtype in dtypes]
+        ensemble = FrozenEnsemble(self.models, runtime, compile=self.compile, layouts=layouts)
         return LabelTeachers(ensemble, self.described, self.classes, self.compile)
 
     def prepared(

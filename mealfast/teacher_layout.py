@@ -22,7 +22,6 @@ import timm
 import torch
 
 from mealfast.checkpoint import write_json
-from mealfast.runtime import Runtime
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,15 +61,15 @@ def is_layout(content: Any) -> bool:
     return known and isinstance(content["compiled"], bool)
 
 
-def default_layout(runtime: Runtime, compile: bool) -> Layout:
-    return Layout("channels_last", runtime.precision, compile)
+def default_layout(dtype: str, compile: bool) -> Layout:
+    return Layout("channels_last", dtype, compile)
 
 
-def choose(measure: Callable[[Layout], float], runtime: Runtime, compile: bool, batch: int) -> Choice:
+def choose(measure: Callable[[Layout], float], default: Layout, batch: int) -> Choice:
     """The fastest layout, changing one thing at a time from the default; `measure` gives a layout's seconds."""
-    best = default_layout(runtime, compile)
+    best = default
     seconds = {best: measure(best)}
-    for changes in _alternatives(runtime, compile):
+    for changes in _alternatives(default):
         layout = replace(best, **changes)
         seconds[layout] = measure(layout)
         if seconds[layout] * WORTHWHILE < seconds[best]:
@@ -78,11 +77,11 @@ def choose(measure: Callable[[Layout], float], runtime: Runtime, compile: bool, 
     return Choice(best, {str(layout): round(batch / value, 2) for layout, value in seconds.items()})
 
 
-def _alternatives(runtime: Runtime, compile: bool) -> Iterator[dict[str, Any]]:
+def _alternatives(default: Layout) -> Iterator[dict[str, Any]]:
     yield {"memory_format": "contiguous"}
-    if runtime.amp_dtype is not None:
+    if default.dtype != "float32":
         yield {"dtype": "float32"}
-    if compile:
+    if default.compiled:
         yield {"compiled": False}
 
 
@@ -134,14 +133,14 @@ class LayoutStore:
         return content if isinstance(content, dict) else {}
 
 
-def key_of(spec: str, images: torch.Tensor, runtime: Runtime, compile: bool) -> str:
-    """What a choice depends on: device, model, images [B, H, W, 3], precision, versions."""
-    device = (
-        torch.cuda.get_device_name(runtime.device)
-        if runtime.device.type == "cuda"
+def key_of(spec: str, images: torch.Tensor, device: torch.device, default: Layout) -> str:
+    """What a choice depends on: device, model, images [B, H, W, 3], the layout it starts from, versions."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
         else f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     )
     model = spec.partition("@")[0]  # the weights decide nothing here
     shape = "x".join(map(str, images.shape[:3]))
     versions = f"torch {torch.__version__} timm {timm.__version__}"
-    return " | ".join((device, model, shape, runtime.precision, "compile" if compile else "eager", versions))
+    return " | ".join((name, model, shape, default.dtype, "compile" if default.compiled else "eager", versions))

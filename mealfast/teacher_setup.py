@@ -1,4 +1,4 @@
-"""From loaded teachers to a running ensemble: layouts chosen, folded, compiled, captured, and checked on a real batch.
+"""From loaded teachers to a running ensemble: folded, as precise as it must be, laid out, compiled, captured, checked.
 
 Shape legend: B images of this process's part of a step, H and W pixels.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mealfast import models, parity
 from mealfast.recipe import Recipe
 from mealfast.runtime import Runtime
 from mealfast.teacher_layout import Choice, Layout, LayoutStore, default_layout, key_of
-from mealfast.teachers import FrozenEnsemble, measure_layouts
+from mealfast.teachers import FrozenEnsemble, fold, logits_in, measure_layouts
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,27 @@ def prepare(
     """Teachers, ready to be called; `images` is one real batch, uint8 [B, H, W, 3] on the device.
 
     `specs` names them (None: they are the recipe's live ones). `earlier` maps keys to the layouts that the run being
-    resumed had: another layout would round differently. Takes the models over. Raises UsageError for a teacher that
-    does not say what it says in eager float32.
+    resumed had: another layout would round differently. Takes the models over. A teacher that does not say in the
+    run's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
     """
     specs = recipe.live_teachers if specs is None else specs
     references = parity.reference_logits(teachers, images, runtime)
+    for teacher in teachers:
+        fold(teacher, runtime.device)
+    defaults = [
+        default_layout(_fine_enough(spec, teacher, images, reference, runtime), compile)
+        for spec, teacher, reference in zip(specs, teachers, references, strict=True)
+    ]
     # The main process chooses for all.
-    keys = runtime.gather([key_of(spec, images, runtime, compile) for spec in specs])[0]
+    keys = runtime.gather(
+        [key_of(spec, images, runtime.device, default) for spec, default in zip(specs, defaults, strict=True)]
+    )[0]
     choices = None
     with runtime.main_first():  # minutes, where it compiles: a collective would time out
         if runtime.is_main:
             choices = [
-                _choice(recipe, runtime, teacher, images, compile, key, earlier)
-                for teacher, key in zip(teachers, keys, strict=True)
+                _choice(recipe, teacher, images, default, key, earlier)
+                for teacher, default, key in zip(teachers, defaults, keys, strict=True)
             ]
     choices = runtime.gather(choices)[0]
     ensemble = FrozenEnsemble(teachers, runtime, compile=compile, layouts=[choice.layout for choice in choices])
@@ -84,23 +93,40 @@ def prepare(
     return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
 
 
+def _fine_enough(
+    spec: str, teacher: models.NormalizedModel, images: torch.Tensor, reference: torch.Tensor, runtime: Runtime
+) -> str:
+    """The run's dtype, or the next finer one in which a folded teacher says on these images what it says in float32."""
+    dtypes = [runtime.precision, "float32"]
+    if runtime.device.type == "cuda" and runtime.precision == "bfloat16":
+        dtypes.insert(1, "float16")  # as fast, and rounds an eighth as much: but its range is small
+    for dtype, finer in pairwise(dict.fromkeys(dtypes)):
+        ours = logits_in(teacher, default_layout(dtype, compile=False), images)
+        (found,) = parity.compare([spec], [ours], [reference], runtime)
+        # Within half the bounds: the layout that it gets will round in other places.
+        if found.holds(0.5) or not found.finite_in_float32:
+            return dtype
+        if runtime.is_main:
+            print(f"note: teacher {spec} is taken in {finer}: in {dtype} {found}", file=sys.stderr)
+    return "float32"
+
+
 def _choice(
     recipe: Recipe,
-    runtime: Runtime,
     teacher: models.NormalizedModel,
     images: torch.Tensor,
-    compile: bool,
+    default: Layout,
     key: str,
     earlier: Mapping[str, Any],
 ) -> Choice:
     if key in earlier:
         return Choice(Layout(**earlier[key]), {}, remembered=True)
     if not recipe.tune_teachers:
-        return Choice(default_layout(runtime, compile), {})
+        return Choice(default, {})
     store = LayoutStore()
-    choice = store.get(key, compile)
+    choice = store.get(key, default.compiled)
     if choice is None:
-        choice = measure_layouts(teacher, images, runtime, compile)
+        choice = measure_layouts(teacher, images, default)
         store.put(key, choice)
     return choice
 

@@ -70,7 +70,7 @@ class FrozenEnsemble:
         layouts: Sequence[Layout] | None = None,
     ) -> None:
         """Takes the models over: they are folded, cast and moved. `layouts` are one a teacher; None: the default's."""
-        layouts = layouts or [default_layout(runtime, compile)] * len(teachers)
+        layouts = layouts or [default_layout(runtime.precision, compile)] * len(teachers)
         members = []
         for model, layout in zip(teachers, layouts, strict=True):
             fold(model, runtime.device)
@@ -107,21 +107,25 @@ def fold(model: models.NormalizedModel, device: torch.device) -> int:
     return fold_batch_norms(model, grey)
 
 
-def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, runtime: Runtime, compile: bool) -> Choice:
-    """Times a teacher in each layout on uint8 images [B, H, W, 3] of this device. The model is left as it is."""
-    folded = copy.deepcopy(model)
-    fold(folded, runtime.device)
+def logits_in(model: models.NormalizedModel, layout: Layout, images: torch.Tensor) -> torch.Tensor:
+    """Logits [B, C] of uint8 images [B, H, W, 3] by a copy of the folded model in that layout, not compiled."""
+    with torch.no_grad():
+        return Teacher(copy.deepcopy(model), layout, images.device)(images)
+
+
+def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, default: Layout) -> Choice:
+    """Times copies of the folded model in `default` and in what differs from it, on uint8 images [B, H, W, 3]."""
 
     def seconds(layout: Layout) -> float:
-        teacher = Teacher(copy.deepcopy(folded), layout, runtime.device)
+        teacher = Teacher(copy.deepcopy(model), layout, images.device)
         if layout.compiled:
             torch.compiler.reset()  # all teachers share one forward, which recompiles only a few times
             teacher.compile(dynamic=False)
         with torch.no_grad():
-            return seconds_of(lambda: teacher(images), runtime.device)
+            return seconds_of(lambda: teacher(images), images.device)
 
     try:
-        return choose(seconds, runtime, compile, len(images))
+        return choose(seconds, default, len(images))
     finally:
-        if compile:
+        if default.compiled:
             torch.compiler.reset()

@@ -1,7 +1,9 @@
 """Data and models that many tests share: small JPEG trees, small start weights, real ImageNet weights and photos."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import tempfile
 
 # Read when torch is first imported: idle OpenMP threads must not spin while others decode.
@@ -18,6 +20,8 @@ import torch
 from PIL import Image
 
 from .lite_weights import convert
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 32  # pixels of the views that the tests train on

@@ -57,12 +57,13 @@ def test_every_layout_says_what_timms_model_says(weights, images, layout):
 
 def test_the_fastest_layout_is_chosen_and_a_tie_goes_to_the_default():
     times = {("channels_last", "bfloat16"): 1.0, ("contiguous", "bfloat16"): 0.8, ("contiguous", "float32"): 0.79}
-    choice = choose(lambda one: times[one.memory_format, one.dtype], BF16, False, batch=8)
+    default = teacher_layout.default_layout("bfloat16", compile=False)
+    choice = choose(lambda one: times[one.memory_format, one.dtype], default, batch=8)
     assert choice.layout == Layout("contiguous", "bfloat16", False), "float32 is 1% faster: noise"
     assert choice.images_per_second[str(choice.layout)] == 10.0
     assert len(choice.images_per_second) == 3
     tried = []
-    choose(lambda one: tried.append(one) or 1.0, CPU, True, batch=8)
+    choose(lambda one: tried.append(one) or 1.0, teacher_layout.default_layout("float32", compile=True), batch=8)
     assert tried == [
         Layout("channels_last", "float32", True), Layout("contiguous", "float32", True),
         Layout("channels_last", "float32", False),
@@ -87,15 +88,13 @@ def test_a_choice_is_remembered_and_a_damaged_memory_made_anew(tmp_path):
 
 
 def test_a_key_names_all_that_a_choice_depends_on(images):
-    keys = {
-        teacher_layout.key_of("a.b@x.pth", images, CPU, False),
-        teacher_layout.key_of("a.c@x.pth", images, CPU, False),
-        teacher_layout.key_of("a.b@x.pth", images[:4], CPU, False),
-        teacher_layout.key_of("a.b@x.pth", images, BF16, False),
-        teacher_layout.key_of("a.b@x.pth", images, CPU, True),
-    }
+    def key(spec="a.b@x.pth", images=images, dtype="float32", compile=False):
+        default = teacher_layout.default_layout(dtype, compile)
+        return teacher_layout.key_of(spec, images, torch.device("cpu"), default)
+
+    keys = {key(), key("a.c@x.pth"), key(images=images[:4]), key(dtype="bfloat16"), key(compile=True)}
     assert len(keys) == 5
-    assert teacher_layout.key_of("a.b@y.pth", images, CPU, False) in keys, "the weights decide no speed"
+    assert key("a.b@y.pth") in keys, "the weights decide no speed"
     assert all(torch.__version__ in key and timm.__version__ in key for key in keys)
 
 
@@ -154,6 +153,23 @@ def test_parity_is_the_mean_difference_and_the_share_that_agrees():
     (shifted,) = parities([[0.0, 2.2, 0.0]], [[0.0, 2.0, 0.0]])  # the same class first, with other probabilities
     with pytest.raises(UsageError, match=r"100\.0% of 1 images agree.* probabilities 2\.\de-02"):
         parity.check([shifted], CPU)
+
+
+def test_a_teacher_that_needs_float32_gets_it(options, weights, tmp_path, capfd):
+    """Its logits are 1000 and a little, which is what decides, and which bfloat16 rounds away."""
+    state = torch.load(weights("test_resnet", 2), weights_only=True)
+    state["fc.bias"] = 1000 + 10 * torch.arange(3) / 10
+    state["fc.weight"] = 20 * state["fc.weight"]
+    torch.save(state, tmp_path / "fine.pth")
+    specs = (f"test_resnet@{tmp_path / 'fine.pth'}", f"test_resnet@{weights('test_resnet', 3)}")
+    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "bf16"}), BF16, RunDirectory(options["run_dir"]))
+    fine, other = run.teacher_reports
+    assert (fine.choice.layout.dtype, fine.parity.agreement) == ("float32", 1.0)
+    assert "bfloat16" in str(other.choice.images_per_second)
+    (note,) = (line for line in capfd.readouterr().err.splitlines() if "is taken in float32" in line)
+    assert "fine.pth" in note
+    logits = run.parts.teachers.module.teachers[0](run.loader(0, 1).__iter__().__next__().images)
+    assert logits.dtype == torch.float32
 
 
 def test_non_finite_teachers_are_refused_with_what_helps():
