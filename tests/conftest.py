@@ -41,6 +41,17 @@ def write_tree(root: Path, counts: dict[str, int], seed: int) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def needs_float32(weights, tmp_path_factory):
+    """A checkpoint of test_resnet whose logits are 1000 and a little: what decides is what bfloat16 rounds away."""
+    state = torch.load(weights("test_resnet", 2), weights_only=True)
+    state["fc.bias"] = 1000 + torch.arange(3.0)
+    state["fc.weight"] = 20 * state["fc.weight"]
+    path = tmp_path_factory.mktemp("weights") / "needs-float32.pth"
+    torch.save(state, path)
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory):
     """Programs that tests start would otherwise find the checkout's folder `mealfast` before the installed package."""

@@ -142,6 +142,20 @@ def test_verify(built, tree, capsys):
     assert "2 of 2 views complete" in capsys.readouterr().out
 
 
+def test_verify_takes_the_dtypes_of_the_build(argv, tree, needs_float32, tmp_path, capsys):
+    """A teacher that ran in float32 because bfloat16 rounds away what it says: in bfloat16 it would not be itself."""
+    cache = str(tmp_path / "cache")
+    argv = changed(changed(argv, "--amp", "bf16"), "--batch-size", "5")
+    at = argv.index("--teachers")
+    assert dispatch([*argv[: at + 1], f"test_resnet@{needs_float32}", *argv[at + 3 :], cache]) == 0
+    assert "is taken in float32" in capsys.readouterr().err
+    verify = ["labels", "verify", cache, "--data", str(tree), "--device", "cpu"]
+    assert dispatch([*verify, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recomputed"]["mean_total_variation"] < 1e-3
+    with pytest.raises(UsageError, match="recomputed targets differ"):
+        dispatch([*verify, "--amp", "bf16"])
+
+
 def test_verify_finds_targets_of_something_else(built, tree, tmp_path):
     """Checksums that are right, of targets that the teachers never gave."""
     folder = shutil.copytree(built, tmp_path / "cache")

@@ -155,21 +155,16 @@ def test_parity_is_the_mean_difference_and_the_share_that_agrees():
         parity.check([shifted], CPU)
 
 
-def test_a_teacher_that_needs_float32_gets_it(options, weights, tmp_path, capfd):
-    """Its logits are 1000 and a little, which is what decides, and which bfloat16 rounds away."""
-    state = torch.load(weights("test_resnet", 2), weights_only=True)
-    state["fc.bias"] = 1000 + 10 * torch.arange(3) / 10
-    state["fc.weight"] = 20 * state["fc.weight"]
-    torch.save(state, tmp_path / "fine.pth")
-    specs = (f"test_resnet@{tmp_path / 'fine.pth'}", f"test_resnet@{weights('test_resnet', 3)}")
+def test_a_teacher_that_needs_float32_gets_it(options, weights, needs_float32, capfd):
+    specs = (f"test_resnet@{needs_float32}", f"test_resnet@{weights('test_resnet', 3)}")
     run = Run(make_recipe(**{**options, "teachers": specs, "amp": "bf16"}), BF16, RunDirectory(options["run_dir"]))
     fine, other = run.teacher_reports
     assert (fine.choice.layout.dtype, fine.parity.agreement) == ("float32", 1.0)
     assert "bfloat16" in str(other.choice.images_per_second)
     (note,) = (line for line in capfd.readouterr().err.splitlines() if "is taken in float32" in line)
-    assert "fine.pth" in note
-    logits = run.parts.teachers.module.teachers[0](run.loader(0, 1).__iter__().__next__().images)
-    assert logits.dtype == torch.float32
+    assert str(needs_float32) in note
+    dtypes = [next(teacher.model.parameters()).dtype for teacher in run.parts.teachers.module.teachers]
+    assert dtypes == [torch.float32, teacher_layout.DTYPES[other.choice.layout.dtype]]
 
 
 def test_non_finite_teachers_are_refused_with_what_helps():
