@@ -5,7 +5,7 @@ Shape legend: B images of this process, K teachers, C classes, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ def reference_logits(
     teachers: Sequence[models.NormalizedModel], images: torch.Tensor, runtime: Runtime
 ) -> list[torch.Tensor]:
     """K logits [B, C] in float32, eager, unfolded, no TF32, of uint8 images [B, H, W, 3]."""
-    with _no_tf32():
+    with _plainly():
         return [teacher.to(runtime.device).eval()(images) for teacher in teachers]
 
 
@@ -98,11 +98,12 @@ def check(found: Sequence[Parity], runtime: Runtime) -> None:
 
 
 @contextmanager
-def _no_tf32():
+def _plainly() -> Iterator[None]:
+    """No TF32, and no search for the fastest convolutions: it takes longer than the one pass that they are for."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

@@ -28,6 +28,7 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTHWHILE = 1.03  # a layout must be this much faster than the default: differences below are noise
 _LONG = 10.0  # seconds of measuring after which one layout's time is taken as known
+ENOUGH = 300.0  # seconds, compiling included, after which no further layout of a teacher is tried
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ def default_layout(runtime: Runtime, compile: bool) -> Layout:
 
 def choose(measure: Callable[[Layout], float], runtime: Runtime, compile: bool, batch: int) -> Choice:
     """The fastest layout, changing one thing at a time from the default; `measure` gives a layout's seconds."""
+    began = time.perf_counter()
     best = default_layout(runtime, compile)
     seconds = {best: measure(best)}
     for changes in _alternatives(runtime, compile):
+        if time.perf_counter() - began > ENOUGH:
+            break
         layout = replace(best, **changes)
         seconds[layout] = measure(layout)
         if seconds[layout] * WORTHWHILE < seconds[best]:
@@ -80,7 +84,8 @@ def choose(measure: Callable[[Layout], float], runtime: Runtime, compile: bool, 
 
 def _alternatives(runtime: Runtime, compile: bool) -> Iterator[dict[str, Any]]:
     yield {"memory_format": "contiguous"}
-    if runtime.amp_dtype is not None:
+    # A GPU that has the dtype is never faster in float32, and trying costs another compilation.
+    if runtime.amp_dtype is not None and runtime.device.type == "cpu":
         yield {"dtype": "float32"}
     if compile:
         yield {"compiled": False}

@@ -1,5 +1,6 @@
 """The ensemble as it runs: folded, laid out by measurement, remembered, checked against eager float32."""
 
+import dataclasses
 import json
 
 import pytest
@@ -67,6 +68,16 @@ def test_the_fastest_layout_is_chosen_and_a_tie_goes_to_the_default():
         Layout("channels_last", "float32", True), Layout("contiguous", "float32", True),
         Layout("channels_last", "float32", False),
     ]  # fmt: skip
+
+
+def test_a_gpu_does_not_try_float32_and_slow_measurements_end(monkeypatch):
+    gpu = dataclasses.replace(BF16, device=torch.device("cuda", 0))
+    found = choose(lambda one: 1.0, gpu, True, batch=8)
+    assert list(found.images_per_second) == [
+        "channels_last, bfloat16, compiled", "contiguous, bfloat16, compiled", "channels_last, bfloat16, eager"
+    ]  # fmt: skip
+    monkeypatch.setattr(teacher_layout, "ENOUGH", -1.0)
+    assert len(choose(lambda one: 1.0, gpu, True, batch=8).images_per_second) == 1
 
 
 def test_a_choice_is_remembered_and_a_damaged_memory_made_anew(tmp_path):
