@@ -50,7 +50,7 @@ bench: install
 	$(BIN)/python benchmarks/report.py $(BENCH)/throughput.jsonl --plot $(BENCH)/throughput.png
 	@echo "results: $(BENCH)/throughput.jsonl  plot: $(BENCH)/throughput.png"
 
-# On a GPU: its tests and the full suite, in about 20 minutes.
+# On a GPU: its tests and the benchmarks, half an hour by estimate.
 gpu-check: install
 	benchmarks/gpu_check.sh $(BIN) $(BENCH)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -47,11 +47,12 @@ class Baseline:
         self.optimizer = torch.optim.SGD(
             [*self.student.parameters(), *self.discriminator.parameters()], lr=0.01, momentum=0.9, foreach=False
         )
+        images = ImageFolder(str(root), augmentation(size))
         self._loader = DataLoader(
-            ImageFolder(str(root), augmentation(size)),
+            images,
             batch_size=batch,
-            shuffle=True,
-            drop_last=True,
+            # One epoch without end: at the end of a short one all workers stand still, which ImageNet's hardly do.
+            sampler=RandomSampler(images, replacement=True, num_samples=1 << 40),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",

@@ -239,17 +239,19 @@ def mealfast(backend):
 
 def torchvision_folder(uint8):
     def stream(index, setting, args):
-        from torch.utils.data import DataLoader
+        from torch.utils.data import DataLoader, RandomSampler
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
         crop = [transforms.RandomResizedCrop(setting.size), transforms.RandomHorizontalFlip()]
         normalised = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        views = transforms.Compose(crop + ([transforms.PILToTensor()] if uint8 else normalised))
+        folder = ImageFolder(index.root, views)
         loader = DataLoader(
-            ImageFolder(index.root, transforms.Compose(crop + ([transforms.PILToTensor()] if uint8 else normalised))),
+            folder,
             batch_size=setting.batch_size,
-            shuffle=True,
-            drop_last=True,
+            # One epoch without end: at the end of a short one all workers stand still, which ImageNet's hardly do.
+            sampler=RandomSampler(folder, replacement=True, num_samples=1 << 40),
             num_workers=setting.threads,
             persistent_workers=True,
             pin_memory=args.device != "cpu",

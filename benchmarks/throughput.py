@@ -6,14 +6,16 @@
 `baseline` is the method as the paper's code runs it (baseline.py), `timm-style` a usual loop with one teacher
 (timm_style.py). `mealfast` is what `mealfast train` runs, decoding included; `mealfast-replayed` the same on one batch
 in memory; `models-alone` the forward and backward passes in it, so that `overhead` is what mealfast adds to them;
-`mealfast-cached` a student from a label cache. They take turns, round by round, so that a busy machine slows all of
-them; the median of the rounds counts. Then come the stages of the step and other batch sizes. Weights are random.
+`mealfast-cached` a student from a label cache of random targets. They take turns, round by round, so that a busy
+machine slows all of them; the median of the rounds counts. Then come the stages of the step and other batch sizes
+(teachers channels-last there, not measured anew). Weights are random. What does not fit into the GPU is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import shutil
 import statistics
@@ -30,11 +32,13 @@ import torch
 from _images import make_images
 from _record import _output, record, write
 from baseline import Baseline
+from label_cache import random_cache
+from mealfast.loaders import ViewPlan
 from mealfast.loaders.cores import core_count
 from timm_style import TimmStyle
 
 from mealfast import runtime as runtimes
-from mealfast import soft_labels, stages
+from mealfast import stages
 from mealfast.engine import Run
 from mealfast.errors import UsageError
 from mealfast.model_spec import parse as parse_spec
@@ -80,10 +84,11 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, help="images of every contender's step (default: 32 on the CPU, 256 on a GPU)")
     add("--sweep", type=int, nargs="*", default=[], help="other batch sizes of mealfast")
     add("--data", type=Path, help="folder with train/ and val/ (default: makes ImageNet-like JPEGs)")
-    add("--images", type=int, help="how many JPEGs to make (default: 8 batches)")
+    add("--images", type=int, help="how many JPEGs to make (default: 8 batches; 16384 on a GPU)")
     add("--out", type=Path, help="file to which one JSON line a figure is appended")
     add("--names", nargs="+", choices=NAMES, default=list(NAMES), help="which contenders")
     add("--no-stages", action="store_true", help="leave the stages out")
+    add("--tune-teachers", action=argparse.BooleanOptionalAction, default=True, help="measure their layouts first")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="of mealfast and timm-style")
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help="of mealfast (default: on GPUs)")
@@ -102,7 +107,7 @@ def parse() -> argparse.Namespace:
         parser.error("--student and --teachers: give both, or neither for the recipe's")
     gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     args.batch = args.batch or (256 if gpu else 32)
-    args.images = args.images or 8 * max(args.batch, *args.sweep, 0)
+    args.images = args.images or (16384 if gpu else 8 * max(args.batch, *args.sweep, 0))
     return args
 
 
@@ -121,7 +126,7 @@ def measure_size(
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
         "size": size, "batch": args.batch, "precision": runtime.precision, "student": recipe.student,
-        "teachers": list(recipe.teachers), "clocks": clocks(),
+        "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs, "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
     run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
@@ -132,6 +137,7 @@ def measure_size(
         make(args, runtime, recipe, run, data, scratch) for name, make in MAKERS.items() if name in args.names
     ]
     rates = take_turns(contenders, args, runtime, args.batch)
+    contender = None
     for contender in contenders:
         extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
         extra |= {"precision": contender.precision or runtime.precision, "clocks": clocks()}
@@ -140,7 +146,7 @@ def measure_size(
             extra["overhead"] = round(statistics.median(1 - step / models for step, models in pairs), 4)
         yield row(contender.name, rates[contender.name], facts | extra)
         contender.close()
-    del contenders
+    del contenders, contender
     if not args.no_stages:
         for stage in stages.measure(run, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
@@ -149,16 +155,25 @@ def measure_size(
     del run
     for batch in args.sweep:
         free(runtime)
-        swept = recipe_for(args, data, scratch, size, batch)
-        run = Run(swept, runtime, RunDirectory(swept.run_dir))
-        names = [name for name in ("mealfast", "mealfast-replayed", "mealfast-cached") if name in args.names]
-        contenders = [MAKERS[name](args, runtime, swept, run, data, scratch) for name in names]
-        rates = take_turns(contenders, args, runtime, batch)
-        for contender in contenders:
-            yield row(contender.name, rates[contender.name], facts | {"batch": batch})
-            contender.close()
-        del run, contenders
+        try:
+            yield from sweep(args, runtime, data, scratch, recipe_for(args, data, scratch, size, batch), facts)
+        except torch.OutOfMemoryError as error:
+            left_out(f"size {size}, batch {batch}", error)
     free(runtime)
+
+
+def sweep(
+    args: argparse.Namespace, runtime: Runtime, data: Path, scratch: Path, recipe: Recipe, facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows of mealfast at another batch size."""
+    recipe = dataclasses.replace(recipe, tune_teachers=False)
+    run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
+    names = [name for name in ("mealfast", "mealfast-replayed", "mealfast-cached") if name in args.names]
+    contenders = [MAKERS[name](args, runtime, recipe, run, data, scratch) for name in names]
+    rates = take_turns(contenders, args, runtime, recipe.batch_size)
+    for contender in contenders:
+        yield row(contender.name, rates[contender.name], facts | {"batch": recipe.batch_size})
+        contender.close()
 
 
 def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, batch: int) -> Recipe:
@@ -178,6 +193,7 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
         amp=args.amp,
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
+        tune_teachers=args.tune_teachers,
         seed=args.seed,
     )
 
@@ -233,10 +249,16 @@ def models_alone(args, runtime, recipe, run, data, scratch) -> Contender:
 
 
 def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
-    """A run of its own from a real label cache: one view, the ten largest probabilities."""
+    """A run of its own from a label cache of random targets: one view, ten probabilities."""
     cache = scratch / f"cache-{recipe.size}"
     if not cache.exists():
-        soft_labels.build(recipe, runtime, cache, views=1, top_k=10, batch_size=recipe.batch_size)
+        index = run.data.train
+        plan = ViewPlan(
+            index.widths, index.heights, seed=recipe.seed, size=recipe.size, scale=recipe.crop_scale,
+            ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation, cycle=1,
+        )  # fmt: skip
+        made = {"views": 1, "top_k": 10, "classes": run.parts.student.num_classes, "loader": recipe.loader}
+        random_cache(cache, index, plan, argparse.Namespace(**made))
     fields = {name: value for name, value in recipe.to_json().items() if name not in ("teachers", "lr_decay_epochs")}
     fields |= {"label_cache": str(cache), "run_dir": str(scratch / "cached-run")}
     cached = Run(make_recipe(None, **fields), runtime, RunDirectory(scratch / "cached-run"))
@@ -271,16 +293,23 @@ def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) 
     """Images/s of every contender in every round."""
     timer = stages.Timer(runtime, batch, args.seconds)
     calls = {}
-    for contender in contenders:
+    for contender in list(contenders):
         began = time.perf_counter()
-        # Compiles, fills queues, warms up; a step graph is captured in the fourth step.
-        timer.window(contender.step, 6 if runtime.device.type == "cuda" else 1)
-        calls[contender.name] = max(1, round(args.seconds / timer.window(contender.step, 1)))
+        # Compiles, fills queues, warms up, captures a CUDA graph of the step.
+        try:
+            timer.window(contender.step, timer.warm_up if runtime.device.type == "cuda" else 1)
+            calls[contender.name] = max(1, round(args.seconds / timer.window(contender.step, 1)))
+        except torch.OutOfMemoryError as error:
+            left_out(contender.name, error)
+            contenders.remove(contender)
+            contender.close()
+            continue
         print(
             f"{contender.name}: warmed up in {time.perf_counter() - began:.1f} s, {calls[contender.name]} steps a turn",
             file=sys.stderr,
             flush=True,
         )
+    free(runtime)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(args.rounds):
         for contender in contenders:
@@ -311,6 +340,10 @@ def clocks() -> str | None:
         return None
     query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
     return _output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+
+
+def left_out(what: str, error: Exception) -> None:
+    print(f"{what}: left out: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
 
 def free(runtime: Runtime) -> None:

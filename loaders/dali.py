@@ -19,6 +19,8 @@ from .render import LARGEST_RESIZED
 from .steps import Views
 from .stream import StreamLoader
 
+LENT = 8  # batches of DALI's whose copies may be outstanding, before the loader waits for the GPU
+
 
 class DaliLoader(StreamLoader):
     """Views decoded by DALI.
@@ -43,6 +45,7 @@ class DaliLoader(StreamLoader):
         self._pipe = None
         self._depth = 0  # of the pipeline's queue
         self._fed = 0  # batches fed to a pipeline that has not run yet
+        self._lent: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()  # DALI's GPU memory, and when it is copied
 
     def _submit(self, k: int) -> tuple[int, Views, dict[int, Future]]:
         # A pipeline built anew near the end of an iteration is too shallow for the next one.
@@ -94,8 +97,20 @@ class DaliLoader(StreamLoader):
         if not images.is_cuda:
             return images  # DALI gives the memory away: it is freed with the tensor
         # A copy on the consumer's stream (a twentieth of a millisecond) puts the batch into torch's allocator, which
-        # knows when work that was only enqueued is done with it; DALI's allocator does not.
-        return images.clone()
+        # knows when work that was only enqueued is done with it; DALI's allocator does not. Its memory goes back once
+        # the copy is made: before, DALI would decode another batch into it.
+        copy = images.clone()
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self._device))
+        self._lent.append((copied, images))
+        self._give_back(LENT)
+        return copy
+
+    def _give_back(self, most: int) -> None:
+        """Returns memory that is copied to DALI, and waits for copies beyond the `most` newest."""
+        while self._lent and (len(self._lent) > most or self._lent[0][0].query()):
+            self._lent[0][0].synchronize()
+            self._lent.popleft()
 
     def _resize(self, crops, views: Views, overlays: dict[int, Future]) -> torch.Tensor:
         size = self._steps.size
@@ -201,6 +216,7 @@ class DaliLoader(StreamLoader):
     def close(self) -> None:
         super().close()
         self._pipe = None
+        self._give_back(0)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._stand_in.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mealfast import models
+from mealfast.cuda_graphs import on_side_stream
 from mealfast.discriminator import Discriminator
 from mealfast.errors import UsageError
 from mealfast.label_cache_fit import open_label_cache
@@ -155,7 +157,8 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
     if on_cpu:  # one that is unused, in no optimiser and no state dict: DDP warns where it finds none
         trainee.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
-    return DistributedDataParallel(
+    wrap = partial(
+        DistributedDataParallel,
         trainee,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
         # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
@@ -164,3 +167,5 @@ def _distributed(trainee: Trainee, recipe: Recipe, runtime: Runtime) -> nn.Modul
         static_graph=recipe.accumulate == 1 and not on_cpu,
         find_unused_parameters=on_cpu,
     )
+    # DDP keeps what adds up gradients, on the stream where it was made, and the default one cannot be captured.
+    return on_side_stream(wrap) if recipe.cuda_graphs == "step" else wrap()

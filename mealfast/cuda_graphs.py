@@ -6,12 +6,20 @@ that stay where they are, before each replay.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 WARM_UP = 3  # calls before a capture: libraries pick algorithms and allocate workspaces, compilers compile
+
+
+def eager_steps(world_size: int) -> int:
+    """Training steps before one is captured."""
+    # DDP settles its buckets and its timing of them in its first iterations (PyTorch, CUDA semantics).
+    return WARM_UP if world_size == 1 else 11
 
 
 class CapturedForward:
@@ -41,8 +49,7 @@ class CapturedStep:
 
     def __init__(self, function: Callable[[Any], None], world_size: int) -> None:
         self._function = function
-        # DDP settles its buckets and its timing of them in its first iterations (PyTorch, CUDA semantics).
-        self._eager_calls = WARM_UP if world_size == 1 else 11
+        self._eager_calls = eager_steps(world_size)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Any) -> None:
@@ -59,7 +66,7 @@ class CapturedStep:
 
 def on_side_stream(function: Callable[[], Any]) -> Any:
     """Runs a function on a stream of its own, as work that is to be captured wants it; the caller's stream waits."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = function()
@@ -67,10 +74,21 @@ def on_side_stream(function: Callable[[], Any]) -> Any:
     return result
 
 
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all: torch keeps the memory that was freed on each stream for that stream."""
+    return torch.cuda.Stream(device)
+
+
 def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Records what a function launches, without running it; the graph, and what the function returned."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: DALI's threads decode and allocate meanwhile, which a global capture would forbid.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function()
+    gc.collect()
+    gc.disable()  # what it would free meanwhile, another graph or a loader, may wait for the device: the capture's end
+    try:
+        # thread_local: DALI's threads decode and allocate meanwhile, which a global capture would forbid.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        gc.enable()
     return graph, result

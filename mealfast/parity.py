@@ -5,7 +5,7 @@ Shape legend: B images of this process, K teachers, C classes, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ LEAST_AGREEMENT = 0.98  # share of images with the same class first
 # A class counts as first, too, where its float32 probability is within this of the largest: of two that tie, rounding
 # picks either. bfloat16 moves single probabilities of an EfficientNet by up to 0.08.
 TIE = 0.05
+_AT_ONCE = 64  # images, in float32: as many as will run at once in half the bytes might not fit
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def reference_logits(
     teachers: Sequence[models.NormalizedModel], images: torch.Tensor, runtime: Runtime
 ) -> list[torch.Tensor]:
     """K logits [B, C] in float32, eager, unfolded, no TF32, of uint8 images [B, H, W, 3]."""
-    with _no_tf32():
-        return [teacher.to(runtime.device).eval()(images) for teacher in teachers]
+    with _plainly():
+        eager = [teacher.to(runtime.device).eval() for teacher in teachers]
+        return [torch.cat([model(part) for part in images.split(_AT_ONCE)]) for model in eager]
 
 
 def compare(
@@ -104,11 +106,12 @@ def check(found: Sequence[Parity], runtime: Runtime) -> None:
 
 
 @contextmanager
-def _no_tf32():
+def _plainly() -> Iterator[None]:
+    """No TF32, and no search for the fastest convolutions: it takes longer than the one pass that they are for."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

@@ -100,9 +100,7 @@ def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIM
     amp_dtype = precision(amp, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
+        _prefer_speed()
     if world_size > 1 and not dist.is_initialized():
         found = {"timeout": patience} | _store_of_this_attempt(rank, world_size, patience)
         if chosen.type == "cuda":
@@ -110,6 +108,12 @@ def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIM
         else:
             dist.init_process_group("gloo", **found)
     return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype, patience)
+
+
+def _prefer_speed() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True  # static shapes: the search pays off
 
 
 def stop() -> None:

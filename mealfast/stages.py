@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mealfast.cuda_graphs import eager_steps
 from mealfast.kernels import ensemble_topk
 from mealfast.loaders import Batch
 from mealfast.runtime import Runtime
@@ -89,11 +90,12 @@ class Timer:
 
     def __init__(self, runtime: Runtime, batch_size: int, seconds: float) -> None:
         self.runtime, self.batch_size, self.seconds = runtime, batch_size, seconds
+        self.warm_up = eager_steps(runtime.world_size) + 3 if runtime.device.type == "cuda" else 2  # calls
 
     def __call__(self, name: str, call: Callable[[], Any]) -> Stage:
         """The stage called `name`; a call is one step's worth of it, on every process."""
         self.runtime.barrier()
-        self.window(call, 2)  # compiles, fills queues
+        self.window(call, self.warm_up)  # compiles, fills queues, captures a step's CUDA graph
         calls = self._calls(call, self.seconds / WINDOWS)
         times = [self.window(call, calls) / calls for _ in range(WINDOWS)]
         low, middle, high = statistics.quantiles(times, n=4)

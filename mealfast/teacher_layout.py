@@ -27,6 +27,7 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTHWHILE = 1.03  # a layout must be this much faster than the default: differences below are noise
 _LONG = 10.0  # seconds of measuring after which one layout's time is taken as known
+ENOUGH = 300.0  # seconds, compiling included, after which no further layout of a teacher is tried
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,14 @@ def default_layout(dtype: str, compile: bool) -> Layout:
     return Layout("channels_last", dtype, compile)
 
 
-def choose(measure: Callable[[Layout], float], default: Layout, batch: int) -> Choice:
+def choose(measure: Callable[[Layout], float], default: Layout, device: torch.device, batch: int) -> Choice:
     """The fastest layout, changing one thing at a time from the default; `measure` gives a layout's seconds."""
+    began = time.perf_counter()
     best = default
     seconds = {best: measure(best)}
-    for changes in _alternatives(default):
+    for changes in _alternatives(default, device):
+        if time.perf_counter() - began > ENOUGH:
+            break
         layout = replace(best, **changes)
         seconds[layout] = measure(layout)
         if seconds[layout] * WORTHWHILE < seconds[best]:
@@ -77,9 +81,10 @@ def choose(measure: Callable[[Layout], float], default: Layout, batch: int) -> C
     return Choice(best, {str(layout): round(batch / value, 2) for layout, value in seconds.items()})
 
 
-def _alternatives(default: Layout) -> Iterator[dict[str, Any]]:
+def _alternatives(default: Layout, device: torch.device) -> Iterator[dict[str, Any]]:
     yield {"memory_format": "contiguous"}
-    if default.dtype != "float32":
+    # A GPU that has the dtype is never faster in float32, and trying costs another compilation.
+    if default.dtype != "float32" and device.type == "cpu":
         yield {"dtype": "float32"}
     if default.compiled:
         yield {"compiled": False}

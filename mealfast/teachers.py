@@ -125,7 +125,7 @@ def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, default
             return seconds_of(lambda: teacher(images), images.device)
 
     try:
-        return choose(seconds, default, len(images))
+        return choose(seconds, default, images.device, len(images))
     finally:
         if default.compiled:
             torch.compiler.reset()

@@ -89,7 +89,7 @@ def test_what_cannot_be_captured_is_refused(fields, tmp_path, changes, why):
 class TestOnAGpu:
     pytestmark = needs_gpu
 
-    def test_captured_teachers_say_the_same(self, fields, tmp_path):
+    def test_captured_teachers_say_the_same(self, fields, tmp_path, exact_cuda):
         recipe = make_recipe(**{**fields, "device": "cuda", "amp": "off", "run_dir": str(tmp_path)})
         runtime = runtimes.start("cuda", "off")
         run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
@@ -102,19 +102,21 @@ class TestOnAGpu:
                 torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * float(eager.abs().max()))
 
     @pytest.mark.parametrize(
-        "changes",
+        ("changes", "tolerance"),
         [
-            {"amp": "off", "compile": False, "loader": "pillow"},
-            {"amp": "bf16", "compile": True, "loader": "dali"},
-            {"amp": "bf16", "compile": True, "loader": "dali", "accumulate": 2, "discriminator": "adversarial"},
+            ({"compile": False, "loader": "pillow"}, 1e-3),
+            ({"compile": True, "loader": "dali"}, 1e-3),
+            ({"compile": False, "loader": "dali", "accumulate": 2, "discriminator": "adversarial"}, 1e-3),
+            # A bit that rounds otherwise is 1% of the loss a step later, and 20% after ten.
+            ({"compile": True, "loader": "dali", "amp": "bf16"}, 0.4),
         ],
-        ids=["eager", "compiled", "parts"],
+        ids=["eager", "compiled", "parts", "bf16"],
     )
-    def test_the_losses_are_those_without_graphs(self, fields, tmp_path, changes):
+    def test_the_losses_are_those_without_graphs(self, fields, tmp_path, exact_cuda, changes, tolerance):
+        gpu = {"device": "cuda", "lr": 1e-3, "tune_teachers": False}
         for mode in ("off", "ensemble", "step"):
-            settings = {**fields, **ALL, **changes, "device": "cuda", "cuda_graphs": mode}
+            settings = {**fields, **ALL, **gpu, **changes, "cuda_graphs": mode}
             train(make_recipe(**settings, run_dir=str(tmp_path / mode)))
-        tolerance = 2e-3 if changes["amp"] == "off" else 3e-2
         for mode in ("ensemble", "step"):
             for a, b in zip(lines(tmp_path / "off"), lines(tmp_path / mode), strict=True):
                 if a["kind"] == "train":

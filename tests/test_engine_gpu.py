@@ -46,14 +46,14 @@ def test_mixed_devices_are_noticed():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 class TestOnAGpu:
-    def test_agrees_with_the_cpu(self, fields, tmp_path):
+    def test_agrees_with_the_cpu(self, fields, tmp_path, exact_cuda):
         settings = {**fields, "amp": "off", "max_steps": 2, "log_every": 1}
         for device in ("cpu", "cuda"):
             train(make_recipe(None, **{**settings, "device": device, "run_dir": str(tmp_path / device)}))
         for kind, keys in (("train", ("loss", "soft_ce", "kl", "discriminator_loss")), ("eval", ("kl",))):
             cpu, gpu = lines(tmp_path / "cpu", kind)[0], lines(tmp_path / "cuda", kind)[0]
             for key in keys:
-                assert gpu[key] == pytest.approx(cpu[key], rel=2e-3), key  # TF32 convolutions keep 10 bits
+                assert gpu[key] == pytest.approx(cpu[key], rel=1e-3), key
 
     @pytest.mark.parametrize(
         "changes",
@@ -65,12 +65,12 @@ class TestOnAGpu:
         ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
     )
     def test_trains(self, fields, tmp_path, changes):
-        recipe = make_recipe(None, **{**fields, "device": "cuda", "run_dir": str(tmp_path), "log_every": 1, **changes})
-        summary = train(recipe)
+        gpu = {"device": "cuda", "run_dir": str(tmp_path), "log_every": 1, "lr": 0.005, "epochs": 10, "eval_every": 0}
+        summary = train(make_recipe(None, **{**fields, **gpu, **changes}))
         assert summary["finished"]
-        assert summary["skipped_steps"] <= (1 if changes["amp"] == "fp16" else 0)  # a scale that begins too high
-        losses = [line["soft_ce"] for line in lines(tmp_path, "train")]
-        assert losses[-1] < losses[0]
+        assert summary["skipped_steps"] <= (5 if changes["amp"] == "fp16" else 0)  # a scale that begins too high
+        losses = [line["soft_ce"] for line in lines(tmp_path, "train") if line["soft_ce"] is not None]
+        assert sum(losses[-6:]) < sum(losses[:6])
 
     def test_resumes(self, fields, tmp_path):
         settings = {**fields, "device": "cuda", "run_dir": str(tmp_path)}

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,21 @@ def test_decoder_settings_reach_dali(index):
     loader = train("dali", index, decoding=decoding)
     assert loader._decoding is decoding
     loader.close()
+
+
+def test_gpu_batches_go_back_to_dali_once_they_are_copied(index):
+    """A stand-in for CUDA's events: `done` copies are over, for the rest the loader would have to wait."""
+    waited = []
+    loader = train("dali", index)
+    for number, done in enumerate([True, True, False, False, True]):
+        event = SimpleNamespace(query=lambda done=done: done, synchronize=lambda number=number: waited.append(number))
+        loader._lent.append((event, torch.zeros(1)))
+    loader._give_back(2)
+    assert [number for number in waited if number > 1] == [2], "of three that are left the oldest is waited for"
+    assert len(loader._lent) == 2
+    loader.close()
+    assert not loader._lent
+    assert waited == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("where", ["first", "last"])

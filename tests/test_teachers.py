@@ -57,17 +57,28 @@ def test_every_layout_says_what_timms_model_says(weights, images, layout):
 
 def test_the_fastest_layout_is_chosen_and_a_tie_goes_to_the_default():
     times = {("channels_last", "bfloat16"): 1.0, ("contiguous", "bfloat16"): 0.8, ("contiguous", "float32"): 0.79}
+    cpu = torch.device("cpu")
     default = teacher_layout.default_layout("bfloat16", compile=False)
-    choice = choose(lambda one: times[one.memory_format, one.dtype], default, batch=8)
+    choice = choose(lambda one: times[one.memory_format, one.dtype], default, cpu, batch=8)
     assert choice.layout == Layout("contiguous", "bfloat16", False), "float32 is 1% faster: noise"
     assert choice.images_per_second[str(choice.layout)] == 10.0
     assert len(choice.images_per_second) == 3
     tried = []
-    choose(lambda one: tried.append(one) or 1.0, teacher_layout.default_layout("float32", compile=True), batch=8)
+    choose(lambda one: tried.append(one) or 1.0, teacher_layout.default_layout("float32", compile=True), cpu, batch=8)
     assert tried == [
         Layout("channels_last", "float32", True), Layout("contiguous", "float32", True),
         Layout("channels_last", "float32", False),
     ]  # fmt: skip
+
+
+def test_a_gpu_does_not_try_float32_and_slow_measurements_end(monkeypatch):
+    what = teacher_layout.default_layout("bfloat16", compile=True), torch.device("cuda", 0)
+    found = choose(lambda one: 1.0, *what, batch=8)
+    assert list(found.images_per_second) == [
+        "channels_last, bfloat16, compiled", "contiguous, bfloat16, compiled", "channels_last, bfloat16, eager"
+    ]  # fmt: skip
+    monkeypatch.setattr(teacher_layout, "ENOUGH", -1.0)
+    assert len(choose(lambda one: 1.0, *what, batch=8).images_per_second) == 1
 
 
 def test_a_choice_is_remembered_and_a_damaged_memory_made_anew(tmp_path):
