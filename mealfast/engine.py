@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mealfast import bad_batch, checkpoint, forecast, run_report, run_state, splits, teacher_setup, weights
+from mealfast import bad_batch, checkpoint, forecast, run_report, run_state, splits, teacher_setup
 from mealfast import runtime as runtimes
 from mealfast.assembly import assemble
 from mealfast.bad_steps import BadSteps
@@ -20,6 +18,7 @@ from mealfast.checkpoint_writer import CheckpointWriter
 from mealfast.clock import Clock
 from mealfast.discriminator import DEAD_LOSS, is_dead
 from mealfast.errors import RunError, UsageError
+from mealfast.finish import finish
 from mealfast.label_cache_fit import check_fit
 from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
 from mealfast.objective import TERMS
@@ -137,7 +136,7 @@ class Run:
             if label_writer:
                 label_writer.flush()
             self.train_step.writer = None
-            summary = self._finish(loader)
+            summary = finish(self, loader)
         except BaseException as error:
             self._close(loader, error)
             raise
@@ -384,72 +383,6 @@ class Run:
             f"steps are in {self.directory.checkpoints}; lower --lr, or allow more with --max-bad-steps"
         )
 
-    def _finish(self, loader: Any) -> dict[str, Any]:
-        """Writes student.safetensors and summary.json; says where they are, or how to go on.
-
-        Raises RunError on the main process where the disk does not take them, or did not take the last checkpoint.
-        """
-        if self.writer:
-            self.writer.wait()
-        rate, waiting = self.clock.medians()
-        replaced = self.runtime.gather(
-            {"files": loader.replaced, "views": loader.replaced_count} if loader else {"files": {}, "views": 0}
-        )
-        summary = {
-            "finished": self.step == self.total_steps,
-            "steps": self.step,
-            "total_steps": self.total_steps,
-            "epochs": self.step / self.steps_per_epoch,
-            "start": self.scores["start"],
-            "final": self.scores["latest"],
-            "best": self.scores["best"],
-            "teachers": self.scores.get("teachers", []),
-            "ensemble": self.scores.get("ensemble"),
-            "images_per_second": rate,
-            "data_wait_fraction": waiting,
-            "skipped_steps": int(self.train_step.skipped),
-            "replaced_views": sum(one["views"] for one in replaced),
-            "replaced_images": {path: reason for one in replaced for path, reason in one["files"].items()},
-            "quarantined_images": len(self.data.train.quarantined) + len(self.data.val.quarantined),
-            "seconds": time.perf_counter() - self.began,
-        }
-        problems = []
-        if self.runtime.is_main:
-            problems += [self.writer.failure] if self.writer.failure else []
-            problems += _refused(self.directory.student, partial(weights.save, self.parts.student.model))
-        summary["replayed_images_per_second"] = self._replay()
-        if self.runtime.is_main:
-            stored = run_report.stored_summary(self.directory.summary)
-            if rate is None and stored.get("steps") == self.step:  # nothing was left to do: the run's own figures stay
-                summary = stored
-            problems += _refused(self.directory.summary, partial(checkpoint.write_json, content=summary))
-        if problems:
-            raise RunError(
-                f"{'; '.join(problems)}: make room, or mend the permissions, and run the same command again; "
-                f"its newest checkpoint is {next(iter(checkpoint.candidates(self.directory.checkpoints)), 'none')}"
-            )
-        done = "finished" if self.step == self.total_steps else f"stopped after {self.step} of {self.total_steps} steps"
-        again = "" if self.step == self.total_steps else "; the same command goes on from here"
-        self.progress.say(f"{done}{again}: {self.directory.student}")
-        return summary
-
-    def _replay(self) -> float | None:
-        """Images/s of a few more steps on the last batch: what this run would reach if data cost nothing.
-
-        It changes the weights in memory, so it comes after everything is saved; none where the run was asked to stop.
-        """
-        if self.batch is None or self.step < self.last_step:
-            return None
-        steps = min(max((self.step - self.first_step) // 50, 2), 20)
-        clock = Clock()
-        for _ in range(steps + 1):
-            began = time.perf_counter()
-            self.train_step(self.batch, self.step)
-            self.train_step.meter.tolist()  # waits for the device
-            clock.add(time.perf_counter() - began, 0.0)
-            clock.close_window(self.recipe.batch_size)
-        return clock.medians()[0]
-
     def _close(self, loader: Any, error: BaseException | None = None) -> None:
         """Leaves no thread, handler or half-written file behind, whatever ended the run."""
         self.stop_signal.restore()
@@ -465,12 +398,3 @@ class Run:
                 self.writer.wait()
             if self.telemetry:
                 self.telemetry.close()
-
-
-def _refused(path: Path, write: Callable[[Path], None]) -> list[str]:
-    """What the disk said against writing `path`; nothing where it is written."""
-    try:
-        write(path)
-    except OSError as error:
-        return [f"{path}: cannot be written ({error.strerror or error})"]
-    return []

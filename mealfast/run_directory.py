@@ -74,4 +74,4 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

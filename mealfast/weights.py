@@ -61,6 +61,8 @@ def why_unreadable(error: Exception) -> str:
                 "it holds more than tensors and plain values, and loading it could run code; save its state dict alone"
             )
         return "it is no file of torch.save"
+    if "PytorchStreamReader" in str(error):  # a paragraph on the zip library within
+        return "it is cut off or damaged"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
