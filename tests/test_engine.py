@@ -317,6 +317,12 @@ def test_distilling_brings_the_student_to_its_teacher_without_labels(taught, opt
     assert summary["final"]["kl"] < 0.5 * summary["start"]["kl"]
 
 
+@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, None)], ids=["amx", "no amx"])
+def test_auto_is_bf16_on_cpus_where_it_is_always_faster(monkeypatch, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert runtimes.precision("auto", torch.device("cpu")) == expected
+
+
 @pytest.mark.parametrize("size", [26, 1000])
 def test_more_images_a_batch_than_there_are_is_refused(options, size):
     with pytest.raises(UsageError, match=f"--batch-size {size}: .* holds only 25 images"):
