@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,8 +37,12 @@ class Compiled:
     ptx: str
 
     def accesses(self, kind: str) -> list[str]:
-        """Widths of the PTX's global loads ("ld") or stores ("st"), such as ["v4.b32", "b32"]."""
-        return re.findall(rf"\b{kind}\.global[\w.:]*?\.((?:v\d\.)?[a-z]\d+)\b", self.ptx)
+        """Widths of the PTX's global loads ("ld") or stores ("st"), such as ["v4.b32", "b32"].
+
+        Of the kernel itself, not of a function that it calls (for the few rows whose gradient is computed again).
+        """
+        entry = self.ptx[self.ptx.index(".entry") :].partition("\n}")[0]
+        return re.findall(rf"\b{kind}\.global[\w.:]*?\.((?:v\d\.)?[a-z]\d+)\b", entry)
 
 
 def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int) -> Compiled:
@@ -45,14 +51,15 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
     `arch` is 80, 90, 100: a compute capability times 10. The forward kernels write loss, KL and gradient.
     """
     logits = "*" + _TYPES[dtype]
-    block, options = blocks(classes)
+    real = tl.float64 if dtype == torch.float32 and op != "top-k" else tl.float32
+    block, options = blocks(classes, real)
     kept = min(KEPT, classes)
     backward = op.endswith("backward")
     # Strings are types of run-time arguments, other values are constexpr.
     arguments = {
         "student": logits,
         "teachers": (logits,) * teachers,
-        "weights": ("fp32",) * teachers,
+        "weights": (("fp32",) * 2,) * teachers,
         "ids": "*i32" if op == "top-k" else "*u16",
         "probabilities": "*fp32" if op == "top-k" else "*fp16",
         "loss": None if backward else "*fp32",
@@ -60,15 +67,16 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
         "gradient": logits,
         "upstream": "*fp32" if backward else None,
         "B": "i32",
-        "factor": "fp32",
+        "factor": ("fp32",) * 2,
         "one_over_t": "fp32",
-        "exponent": ("fp32",) * 3,
+        "exponent": ("fp32",) * 4,
         "upstream_stride": 0,
         "student_stride": classes,
         "teacher_strides": (classes,) * teachers,
         "RENORMALISE": False,
         "C": classes,
         "BLOCK": block,
+        "REAL": real,
         "K": kept,
         "K_BLOCK": max(2, triton.next_power_of_2(kept)),
     }
@@ -93,26 +101,36 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
 def _source(kernel, arguments: dict[str, object]) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        values = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(v, str) for v in values):
+        leaves = list(_leaves(arguments[name], (index,)))
+        if not all(isinstance(leaf, str) for _, leaf in leaves):
             signature[name] = "constexpr"
-            constants[(index,)] = value
+            constants[(index,)] = arguments[name]
             continue
-        signature[name] = value
-        for position, kind in enumerate(values):
+        signature[name] = arguments[name]
+        for path, kind in leaves:
             if kind.startswith("*"):  # PyTorch's allocations begin at multiples of 16 bytes
-                path = (index, position) if isinstance(value, tuple) else (index,)
                 attributes[path] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def _leaves(value: object, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], object]]:
+    """What nested tuples hold, each with its indices."""
+    if isinstance(value, tuple):
+        for position, element in enumerate(value):
+            yield from _leaves(element, (*path, position))
+    else:
+        yield path, value
+
+
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """What `cuobjdump --dump-resource-usage`, which Triton brings along, says of a cubin's one kernel."""
+    """The most that `cuobjdump --dump-resource-usage`, which Triton brings along, says of a cubin's functions."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [cuobjdump, "--dump-resource-usage", path]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    usage = {}
+    for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text):
+        usage[name] = max(usage.get(name, 0), int(value))
+    return usage

@@ -20,14 +20,20 @@ import triton
 import triton.language as tl
 
 from .row_triton import (
+    AGAIN,
+    agrees,
     assert_outputs,
     blocks,
+    divided,
     exp_and_others,
     exp_over_t,
     exponent,
+    joined,
     load_logits,
     log1p,
     programs,
+    real,
+    split,
     store_row,
     sweep,
 )
@@ -53,7 +59,7 @@ def _missing_to_one(p):
 
 
 @triton.jit
-def _row(
+def _one_pass(
     student,  # [B, C]
     ids,  # [B, k], contiguous
     probabilities,  # [B, k], contiguous
@@ -61,7 +67,7 @@ def _row(
     kl,  # float32 [B], or None
     gradient,  # [B, C], contiguous, or None
     row,
-    factor,
+    factor,  # float64
     one_over_t,
     exponent,
     student_stride: tl.constexpr,
@@ -70,78 +76,154 @@ def _row(
     BLOCK: tl.constexpr,
     K: tl.constexpr,  # k
     K_BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):
+    """A row. Whether the gradient wants float64: see `agrees`."""
     student += row * student_stride
     entries = tl.arange(0, K_BLOCK)
     kept = entries < K
     i = tl.load(ids + row * K + entries, mask=kept, other=0).to(tl.int32)
-    p = tl.load(probabilities + row * K + entries, mask=kept, other=0.0).to(tl.float32)
+    p = tl.load(probabilities + row * K + entries, mask=kept, other=0.0).to(REAL)
     valid = kept & (i >= 0) & (i < C)
     p = tl.where(kept & (valid == 0), float("nan"), p)  # an id out of range spoils its sample, not other memory
     n = tl.sum(p, 0)
     if RENORMALISE:
-        p = p * tl.div_rn(1.0, n)
+        p = p * divided(1.0, n)
         n = tl.sum(p, 0)
     if RENORMALISE or C == K:
-        rest = tl.zeros([], tl.float32)
+        rest = tl.zeros([], REAL)
     else:
-        rest = tl.div_rn(_missing_to_one(p), (C - K) * 1.0)
+        rest = divided(_missing_to_one(p), tl.cast((C - K) * 1.0, REAL))
     mass = n + rest * (C - K)
+    # Where most classes are kept, the sum over the others is a difference of nearly equal sums.
+    spread_dtype: tl.constexpr = tl.float64 if 2 * K > C else tl.float32
 
     if BLOCK >= C:
         s = load_logits(student, 0, C, BLOCK, "").to(tl.float32)
         top = tl.max(s, 0)
-        d, e, others = exp_and_others(s, exponent)
+        d, e, others, _ = exp_and_others(s, exponent, REAL)
         at = tl.min(tl.where(d == 0.0, tl.arange(0, BLOCK), C), 0)
         rough_others = others
-        mass_over_z = tl.div_rn(mass, 1.0 + others)
+        mass_over_z = divided(mass, 1.0 + others)
         if loss is not None:
-            finite = tl.sum(_finite(d), 0)
+            finite = tl.sum(_finite(d).to(spread_dtype), 0)
             masked = tl.sum(tl.where((d == -float("inf")) & (tl.arange(0, BLOCK) < C), 1.0, 0.0), 0)
         if gradient is not None:
-            store_row(gradient + row * C, 0, (e * mass_over_z - rest) * factor, C, BLOCK)
+            store_row(gradient + row * C, 0, (e * mass_over_z - rest) * factor.to(REAL), C, BLOCK)
     else:
-        top, at, rough_others = sweep(student, exponent, C, BLOCK)
-        mass_over_z = tl.div_rn(mass, 1.0 + rough_others)
-        others_of = tl.zeros([BLOCK], tl.float32)  # of each lane, so that the loop holds no barrier
-        finite_of = tl.zeros([BLOCK], tl.float32)
+        top, at, rough_others = sweep(student, exponent, C, BLOCK, REAL)
+        mass_over_z = divided(mass, 1.0 + rough_others)
+        others_of = tl.zeros([BLOCK], REAL)  # of each lane, so that the loop holds no barrier
+        finite_of = tl.zeros([BLOCK], spread_dtype)
         masked_of = tl.zeros([BLOCK], tl.float32)
         for first in tl.range(0, C, BLOCK):
             classes = first + tl.arange(0, BLOCK)
             s = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32)
             d = s - top
-            e = exp_over_t(s, top, rough_others, exponent)
+            e = exp_over_t(s, top, rough_others, exponent, REAL)
             others_of += tl.where(classes == at, 0.0, e)
             if loss is not None:
                 finite_of += _finite(d)
                 masked_of += tl.where((d == -float("inf")) & (classes < C), 1.0, 0.0)
             if gradient is not None:
-                store_row(gradient + row * C, first, (e * mass_over_z - rest) * factor, C, BLOCK)
+                store_row(gradient + row * C, first, (e * mass_over_z - rest) * factor.to(REAL), C, BLOCK)
         others = tl.sum(others_of, 0)
         finite = tl.sum(finite_of, 0)
         masked = tl.sum(masked_of, 0)
 
     s_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32)
     d_kept = s_kept - top
+    close = False
     if gradient is not None:
-        at = tl.where(others < 1.0, at, C)  # else better known from itself, as it stands
         top_kept = tl.sum(tl.where(valid & (i == at), 1.0, 0.0), 0)
         other_mass = tl.sum(tl.where(valid & (i == at), 0.0, p), 0) + rest * ((C - K - 1) + top_kept)
         g_top = other_mass - others * mass_over_z
-        g = tl.where(i == at, g_top, exp_over_t(s_kept, top, rough_others, exponent) * mass_over_z - p) * factor
+        at = tl.where(others < 1.0, at, C)  # else better known from itself, as it stands
+        e_kept = exp_over_t(s_kept, top, rough_others, exponent, REAL)
+        g = tl.where(i == at, g_top, e_kept * mass_over_z - p)
         tl.debug_barrier()  # what follows overwrites what other threads have just stored
-        tl.store(gradient + row * C + at, (g_top * factor).to(gradient.dtype.element_ty), mask=at < C)
-        tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
+        stored: tl.constexpr = gradient.dtype.element_ty
+        tl.store(gradient + row * C + at, (g_top * factor.to(REAL)).to(tl.float32).to(stored), mask=at < C)
+        tl.store(gradient + row * C + i, (g * factor.to(REAL)).to(tl.float32).to(stored), mask=valid)
+        if g_top.dtype == tl.float32:
+            largest = tl.maximum(tl.max(p, 0), rest)
+            close = agrees(g_top, 1.0, mass_over_z, others * mass_over_z, largest, other_mass, gradient)
     if loss is not None:
+        p = p.to(tl.float32)
+        rest = rest.to(tl.float32)
         expected_d = tl.sum(tl.where(p == 0.0, 0.0, p * d_kept), 0)
-        finite -= tl.sum(tl.where(valid, _finite(d_kept), 0.0), 0)
+        finite -= tl.sum(tl.where(valid, _finite(d_kept), 0.0).to(spread_dtype), 0)
         masked -= tl.sum(tl.where(valid & (d_kept == -float("inf")), 1.0, 0.0), 0)
-        spread = tl.where(masked > 0.0, -float("inf"), finite)
+        spread = tl.where(masked > 0.0, -float("inf"), finite.to(tl.float32))
         expected_d += tl.where(rest == 0.0, 0.0, rest * spread)
-        value = mass * log1p(others) - expected_d * one_over_t
+        value = mass.to(tl.float32) * log1p(others.to(tl.float32)) - expected_d * one_over_t
         tl.store(loss + row, value)
         if kl is not None:
             tl.store(kl + row, value + tl.sum(_x_log_x(p), 0) + (C - K) * _x_log_x(rest))
+    return close
+
+
+@triton.jit
+def _row(
+    student,
+    ids,
+    probabilities,
+    loss,
+    kl,
+    gradient,
+    row,
+    factor,  # float64
+    one_over_t,
+    exponent,
+    student_stride: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """A row, and its gradient again in float64 where float32 did not do."""
+    close = _one_pass(
+        student,
+        ids,
+        probabilities,
+        loss,
+        kl,
+        gradient,
+        row,
+        factor,
+        one_over_t,
+        exponent,
+        student_stride,
+        RENORMALISE,
+        C,
+        BLOCK,
+        K,
+        K_BLOCK,
+        REAL,
+    )
+    if close:
+        tl.debug_barrier()  # what follows overwrites what other threads have just stored
+        _one_pass(
+            student,
+            ids,
+            probabilities,
+            None,
+            None,
+            gradient,
+            row,
+            factor,
+            one_over_t,
+            exponent,
+            student_stride,
+            RENORMALISE,
+            C,
+            min(BLOCK, AGAIN),
+            K,
+            K_BLOCK,
+            tl.float64,
+        )
 
 
 @triton.jit
@@ -154,7 +236,7 @@ def sparse_soft_ce_kernel(
     gradient,  # [B, C], contiguous, or None
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
-    factor,
+    factor,  # of `row_triton.split`
     one_over_t,
     exponent,  # of `row_triton.exponent`
     upstream_stride: tl.constexpr,
@@ -164,9 +246,11 @@ def sparse_soft_ce_kernel(
     BLOCK: tl.constexpr,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):
     """Forward: one program a row. Backward: the rows whose upstream gradient is not 1, anew, several a program."""
     program = tl.program_id(0).to(tl.int64)
+    factor = joined(factor, tl.float64)
     if upstream is None:
         _row(
             student,
@@ -185,10 +269,10 @@ def sparse_soft_ce_kernel(
             BLOCK,
             K,
             K_BLOCK,
+            REAL,
         )
     else:
-        row = program
-        while row < B:
+        for row in tl.range(program, B, tl.num_programs(0), disable_licm=True):  # hoisting takes registers
             scale = tl.load(upstream + row * upstream_stride)
             if scale != 1.0:
                 _row(
@@ -208,8 +292,8 @@ def sparse_soft_ce_kernel(
                     BLOCK,
                     K,
                     K_BLOCK,
+                    REAL,
                 )
-            row += tl.num_programs(0)
 
 
 def launch(
@@ -234,7 +318,8 @@ def launch(
     assert ids.is_contiguous()
     assert probabilities.is_contiguous()
     assert_outputs(student, loss, kl, gradient, upstream)
-    block, options = blocks(student.shape[1])
+    dtype = real(gradient)
+    block, options = blocks(student.shape[1], dtype)
     with torch.cuda.device_of(student):
         sparse_soft_ce_kernel[programs(student.shape[0], upstream)](
             student,
@@ -245,7 +330,7 @@ def launch(
             gradient,
             upstream,
             student.shape[0],
-            factor / temperature,
+            split(factor / temperature),
             1.0 / temperature,
             exponent(temperature),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
@@ -255,5 +340,6 @@ def launch(
             BLOCK=block,
             K=ids.shape[1],
             K_BLOCK=triton.next_power_of_2(ids.shape[1]),
+            REAL=dtype,
             **options,
         )

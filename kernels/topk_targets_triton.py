@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_triton import assert_rows, blocks, exponent, target_chunk, target_row, teacher_sums
+from .row_triton import assert_rows, blocks, exponent, split, target_chunk, target_row, teacher_sums
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _top_keys(target, first, C: tl.constexpr, BLOCK: tl.constexpr, K_BLOCK: tl.c
 @triton.jit
 def ensemble_topk_kernel(
     teachers,  # K pointers to [B, C]
-    weights,  # K floats that sum to one
+    weights,  # K floats of `row_triton.split` that sum to one
     ids,  # int32 [B, k], contiguous
     probabilities,  # float32 [B, k], contiguous
     exponent,  # of `row_triton.exponent`
@@ -44,12 +44,13 @@ def ensemble_topk_kernel(
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     if BLOCK >= C:
-        keys = _top_keys(target_row(teachers, teacher_strides, weights, row, exponent, C, BLOCK), 0, C, BLOCK, K_BLOCK)
+        target, _ = target_row(teachers, teacher_strides, weights, row, exponent, C, BLOCK, tl.float32)
+        keys = _top_keys(target, 0, C, BLOCK, K_BLOCK)
     else:
-        sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK)
+        sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK, tl.float32)
         keys = tl.full([K_BLOCK], -1, tl.int64)
         for first in tl.range(0, C, BLOCK):
-            target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK)
+            target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK, tl.float32)
             both = tl.join(keys, _top_keys(target, first, C, BLOCK, K_BLOCK))
             keys = tl.topk(tl.reshape(both, [2 * K_BLOCK]), K_BLOCK)
     entries = tl.arange(0, K_BLOCK)
@@ -80,7 +81,7 @@ def launch(
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
-            tuple(weights),
+            tuple(map(split, weights)),
             ids,
             probabilities,
             exponent(temperature),

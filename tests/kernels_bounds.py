@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from mealfast.kernels.dispatch import INTERPRETED, uses_triton
+from mealfast.kernels.dispatch import INTERPRETED
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
@@ -25,8 +25,28 @@ def logits(*shape: int, dtype=torch.float32, device="cpu", scale=3.0, seed=0) ->
 def softmax_mean(teachers, weights=None, temperature=1.0) -> Tensor:
     """Eq. 1 in float64."""
     weights = weights or [1 / len(teachers)] * len(teachers)
-    softmaxes = [(t.double() / temperature).softmax(-1) * w for t, w in zip(teachers, weights, strict=True)]
+    softmaxes = [softmax(t, temperature) * w for t, w in zip(teachers, weights, strict=True)]
     return torch.stack(softmaxes).sum(0)
+
+
+def softmax(x: Tensor, temperature=1.0) -> Tensor:
+    """In float64. torch.softmax on a CPU adds in a row, torch.sum in a cascade, which rounds less."""
+    e = ((x.double() - x.double().amax(-1, keepdim=True)) / temperature).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def agreeing(student: Tensor, noise: Tensor, weights: list[float], temperature=1.0, seed=0) -> list[Tensor]:
+    """Teachers, float32, that differ from each other but whose target is the student's softmax but for noise [B]: where
+    that is 0, each of them is the student."""
+    generator = torch.Generator().manual_seed(seed)
+    q, w = softmax(student.detach().cpu(), temperature), torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    shares = torch.rand(len(weights), *q.shape, generator=generator, dtype=torch.float64) * 0.8
+    shares -= (w * shares).sum(0)
+    shares -= (q * shares).sum(-1, keepdim=True)
+    off = noise[:, None] * torch.randn(len(weights), *q.shape, generator=generator, dtype=torch.float64)
+    teachers = ((q.log() + (1 + shares).log() + off) * temperature).float()
+    teachers = torch.where(noise[:, None] == 0, student.detach().cpu().float(), teachers)
+    return list(teachers.to(student.device))
 
 
 @dataclass
@@ -41,7 +61,7 @@ class Oracle:
     kl: Tensor  # [B]
     gradient: Tensor  # [B, C]
     operands: Tensor  # [B, 1]: the larger of the two probabilities that a gradient is the difference of
-    triton: bool  # whether the kernels are on trial, or plain PyTorch, which has float64 inside on a CPU
+    sums: Tensor  # [B, 1]: the larger of the two sums over all classes but the student's largest
 
     @classmethod
     def of(cls, student: Tensor, target: Tensor, temperature=1.0, upstream=1.0) -> Oracle:
@@ -63,7 +83,7 @@ class Oracle:
             kl=loss - torch.special.entr(target).sum(-1),
             gradient=gradient.scatter(-1, top, -gradient.sum(-1, keepdim=True)) * factor,
             operands=operands * factor.abs(),
-            triton=uses_triton(student.float()),
+            sums=without * factor.abs(),
         )
 
     def loss_bound(self) -> Tensor:
@@ -71,25 +91,18 @@ class Oracle:
         return 4 * EPS * self.loss + 1e-30
 
     def kl_bound(self) -> Tensor:
-        """4 eps of the larger of loss and entropy: the KL is their difference, and may be next to nothing. And eps of
-        float64, for this oracle's own difference."""
-        return 4 * EPS * torch.maximum(self.loss, self.loss - self.kl) + torch.finfo(torch.float64).eps
+        """4 eps of the larger of loss and entropy: the KL is their difference, and may be next to nothing. And 4 eps
+        of float64, for this oracle's own difference."""
+        return 4 * EPS * torch.maximum(self.loss, self.loss - self.kl) + 4 * torch.finfo(torch.float64).eps
 
     def gradient_bound(self, dtype: torch.dtype) -> Tensor:
-        """A row's: 2 eps of `dtype` x max|reference|; half the step between subnormals, which shows in float16 alone;
-        and 4 eps of the accumulation's dtype x the larger operand.
-
-        The last, because a gradient is the difference of two probabilities, each within 2 eps of itself: one for its
-        exponential, one for its quotient and product. Where the accumulation is in float64, it is nothing. For the
-        kernels it is nothing beside 2 eps of a 16-bit dtype unless student and target agree to 1 in 10,000; in float32
-        it limits the gradient where they agree to less than a factor of two or so. The student's largest class is not
-        limited by its own rounding, eps of 1 where it is certain: it comes from the others.
-        """
+        """A row's: 2 eps of `dtype` x max|reference|, half the step between subnormals, which shows in float16 alone,
+        and float64's own rounding, this oracle's, PyTorch's and the kernels': 16 eps x the larger operand, and 4 eps x
+        the sum that the largest class's gradient comes from. It shows where student and target agree to about 1 in a
+        million or are equal."""
         info = torch.finfo(dtype)
-        # The kernels', or PyTorch's and this oracle's, which add up over a row.
-        accumulated = EPS if self.triton else self.gradient.shape[1] * torch.finfo(torch.float64).eps
         bound = 2 * info.eps * self.gradient.abs().amax(-1, keepdim=True) + info.smallest_normal * info.eps / 2
-        return bound + 4 * accumulated * self.operands
+        return bound + torch.finfo(torch.float64).eps * (16 * self.operands + 4 * self.sums)
 
 
 worst: dict[tuple[str, str], float] = defaultdict(float)

@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 from mealfast.kernels import EnsembleSoftCrossEntropy, ensemble_soft_cross_entropy, ensemble_target, soft_ce
 from mealfast.kernels.dispatch import INTERPRETED, uses_triton
 
-from .kernels_bounds import DTYPES, EPS, Oracle, check, check_all, logits, over, print_worst, skip_without, softmax_mean
+from .kernels_bounds import (
+    DTYPES,
+    EPS,
+    Oracle,
+    agreeing,
+    check,
+    check_all,
+    logits,
+    over,
+    print_worst,
+    skip_without,
+    softmax_mean,
+)
 
 CLASSES = {
     1: "one class: probability 1 whatever its logit",
@@ -253,6 +265,44 @@ def test_equal_logits(rows):
     assert student.grad.abs().max().item() <= EPS / student.shape[1]
 
 
+def test_one_logit_far_above_many(device):
+    """Neither confident nor even: the others' sum is near 1, and each of them rounds."""
+    student, teacher = logits(2, 21843, scale=1.0), logits(2, 21843, scale=1.0, seed=1)
+    student[0, 5] += 9
+    teacher[1, 5] += 9
+    student, teacher = student.to(device), teacher.to(device)
+    loss, kl = run(student, [teacher], reduction="none")
+    check_all("dense", student, loss, kl, Oracle.of(student, softmax_mean([teacher])), "none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ties", [2, 3, 12])
+def test_agreement_of_equal_logits(device, ties, dtype):
+    """A gradient of exactly 0, or next to it, where the student has no single largest class."""
+    student = torch.full((4, 12), -math.inf)
+    student[:, :ties] = torch.tensor([-60.0, -7.25, 1.0, 30.0])[:, None]
+    student[2:, ties:] = -6.0
+    student = student.to(device, dtype)
+    teacher = student.float()
+    teacher[1::2, 0] += 1e-5
+    loss, kl = run(student, [teacher], reduction="none")
+    check_all("tied", student, loss, kl, Oracle.of(student, softmax_mean([teacher])), "none")
+
+
+@pytest.mark.parametrize("classes", [2, 12])
+def test_two_classes_share_the_whole_mass(device, classes):
+    """One's exponential is 1 but for a rounding, their sum 2 or just below: nearly that of a confident row."""
+    tops = torch.tensor([-60.0, -7.3, -0.1, 33.7, 1234.5])[:, None]
+    logits = torch.cat([tops, tops, (tops - 500).expand(-1, classes - 2)], 1).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for temperature in (0.7, 1.0):
+            student = torch.zeros_like(logits, dtype=dtype)
+            student[:, 2:] = -200
+            loss, kl = run(student, [logits], reduction="none", temperature=temperature)
+            oracle = Oracle.of(student, softmax_mean([logits], temperature=temperature), temperature)
+            check_all("tied", student, loss, kl, oracle, "none")
+
+
 @pytest.mark.parametrize("teachers_class", [0, 1], ids=["agree", "differ"])
 @pytest.mark.parametrize("classes", [2, 1000, 4100])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,6 +319,37 @@ def test_confident_rows_keep_their_last_bits(device, dtype, classes, teachers_cl
     assert teachers_class == 1 or oracle.loss[-1] < 1e-6
     check_all("confident", student, loss, kl, oracle, "none")
     assert (kl >= 0).all()
+
+
+NOISE_AND_CONFIDENCE = [(1.0, 0), (0.1, 0), (1e-3, 0), (1e-5, 0), (0.0, 0), (1e-2, 10), (1e-5, 10), (0.0, 25)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("classes", "weights", "temperature"),
+    [
+        (2, [1.0], 2.5),
+        (10, [1.0] * 16, 0.7),
+        (1000, [1.0], 1.0),
+        (1000, [1.0, 2.0], 0.7),
+        (4100, [1.0] * 3, 2.5),
+        (21843, [1.0], 1.0),
+    ],
+)
+def test_agreement_keeps_its_last_bits(device, dtype, classes, weights, temperature):
+    """The gradient is the difference of two probabilities, which may be anything down to nothing."""
+    if (len(weights) == 16 or classes > 10000) and dtype != torch.float32:
+        pytest.skip("takes the interpreter long; the sizes between do the same")
+    noise, confidence = torch.tensor(NOISE_AND_CONFIDENCE[2:7:2] if classes > 4096 else NOISE_AND_CONFIDENCE).T
+    student = logits(len(noise), classes)
+    student[:, 0] += confidence
+    student = student.to(device, dtype)
+    weights = [w / sum(weights) for w in weights]
+    teachers = agreeing(student, noise.double(), weights, temperature)
+    upstream = torch.where(torch.arange(len(noise)) % 2 == 0, 1.0, 0.3).to(device)  # every other row is for backward
+    loss, kl = run(student, teachers, upstream, weights=weights, temperature=temperature, reduction="none")
+    oracle = Oracle.of(student, softmax_mean(teachers, weights, temperature), temperature, upstream.double())
+    check_all("agreeing", student, loss, kl, oracle, "none")
 
 
 @pytest.mark.parametrize("spoiled", [0, 1], ids=["student", "teacher"])

@@ -18,7 +18,18 @@ from mealfast.kernels import (
 )
 from mealfast.kernels.dispatch import INTERPRETED, uses_triton
 
-from .kernels_bounds import DTYPES, EPS, Oracle, check, check_all, logits, print_worst, skip_without, softmax_mean
+from .kernels_bounds import (
+    DTYPES,
+    EPS,
+    Oracle,
+    check,
+    check_all,
+    logits,
+    print_worst,
+    skip_without,
+    softmax,
+    softmax_mean,
+)
 
 SIZES = {
     (1, 1): "one class, kept",
@@ -109,6 +120,27 @@ def test_upstream_gradients(device, classes, k, reduction, remainder):
     upstream = upstream.double() / (batch if reduction == "mean" else 1)
     oracle = Oracle.of(student, dense(*kept, classes, remainder), temperature, upstream)
     check_all("sparse", student, loss, kl, oracle, reduction)
+
+
+@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("classes", "k"), [(2, 1), (10, 10), (37, 36), (1000, 16), (4100, 4)])
+def test_agreement_keeps_its_last_bits(device, classes, k, dtype, remainder):
+    """As in test_kernels.py. The student's other classes are as even as the target's."""
+    noise = torch.tensor([1.0, 0.1, 1e-2, 1e-3, 1e-5, 0.0, 1e-2, 0.0], dtype=torch.float64)
+    ids, _ = entries(len(noise), classes, k)
+    student = torch.full((len(noise), classes), -40.0 if remainder == "renormalise" else -5.0)
+    kept = logits(len(noise), k)
+    kept[6:, 0] += 12
+    student = student.scatter(1, ids.long(), kept).to(dtype)
+    off = 1 + noise[:, None] * logits(len(noise), k, scale=0.5, seed=3).double()
+    p = softmax(student).gather(1, ids.long()) * off.abs()
+    p = (p / p.sum(-1, keepdim=True).clamp(min=1.0)).float()
+    student, ids, p = student.to(device), ids.to(device), p.to(device)
+    loss, _ = run(student, ids, p, reduction="none", remainder=remainder)
+    oracle = Oracle.of(student, dense(ids, p, classes, remainder))
+    check("agreeing loss", dtype, loss.detach(), oracle.loss, oracle.loss_bound())
+    check("agreeing gradient", dtype, student.grad, oracle.gradient, oracle.gradient_bound(dtype))
 
 
 def test_every_class_kept_is_the_dense_loss(device):
