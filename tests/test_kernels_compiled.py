@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+
 import pytest
 import torch
 from mealfast.kernels.dispatch import INTERPRETED
@@ -25,15 +29,24 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def workers():
+    """To compile on all cores: a minute and more for one."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        yield workers
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_resources(arch):
+def test_resources(arch, workers):
     print(f"\nsm_{arch}: registers of a thread / threads / bytes of shared memory of a program")
     print(f"{'':<35}" + "".join(f"{f'C = {classes:,}':>18}" for classes in CLASSES))
     spilled = []
+    wanted = [(op, classes, teachers, dtype, arch) for (op, teachers, dtype), classes in product(VARIANTS, CLASSES)]
+    results = dict(zip(wanted, workers.map(compiled, *zip(*wanted, strict=True)), strict=True))
     for op, teachers, dtype in VARIANTS:
         cells = []
         for classes in CLASSES:
-            result = compiled(op, classes, teachers, dtype, arch)
+            result = results[op, classes, teachers, dtype, arch]
             cells.append(f"{result.registers} / {result.threads} / {result.shared}")
             if result.stack or result.local:
                 spilled.append((op, teachers, dtype, classes, result.stack, result.local))
