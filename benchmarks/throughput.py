@@ -240,8 +240,7 @@ def models_alone(args, runtime, recipe, run, data, scratch) -> Contender:
 
     def step() -> None:
         run.parts.teachers(images)
-        with runtime.autocast():
-            logits = run.parts.student(images)
+        logits = run.parts.trainee.logits(images)
         logits.backward(torch.ones_like(logits))
         run.parts.optimizer.zero_grad(set_to_none=True)
 

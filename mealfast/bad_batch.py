@@ -20,8 +20,8 @@ def diagnose(batch: Batch, runtime: Runtime, parts: Parts, index: ImageIndex) ->
     """Image indices and paths of the global batch, and the largest finite |logit| of student and teachers on it, with
     how many logits are not finite. Every process must call it. It waits, compiles nothing and ends the training: the
     student's running statistics change."""
-    with torch.no_grad(), runtime.autocast(), torch.compiler.set_stance("force_eager"):
-        logits = {"student": [parts.student(batch.images)]}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = {"student": [parts.trainee.logits(batch.images)]}
         if parts.teachers:
             logits["teachers"] = parts.teachers(batch.images)
     own = {name: [_extremes(one.float()) for one in some] for name, some in logits.items()}

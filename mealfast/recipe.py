@@ -114,7 +114,8 @@ class Recipe:
     amp: str = option(
         "auto",
         "machine",
-        "mixed precision; auto: bf16 on GPUs that have it and on CPUs with AMX, else off",
+        "mixed precision; auto: bf16 on GPUs that have it, on CPUs with AMX, and on CPUs with AVX512-BF16 unless the "
+        "student has depthwise convolutions; else off",
         choices=("auto", "bf16", "fp16", "off"),
     )
     compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")

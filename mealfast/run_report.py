@@ -44,7 +44,7 @@ def config(
         "recipe": recipe.to_json(),
         "processes": runtime.world_size,
         "device": runtime.device.type,
-        "precision": runtime.precision,
+        "precision": parts.trainee.precision,
         "compiled": parts.compiled,
         "teachers": [report.to_json() for report in teachers],
         "versions": runtimes.describe(runtime.device),
@@ -88,7 +88,7 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
         *lines,
         f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",
         f"{len(data.train):,} images, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} at "
-        f"{recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {runtime.precision}, "
+        f"{recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {parts.trainee.precision}, "
         f"{recipe.loader} loader  |  {recipe.run_dir}",
     ]
 

@@ -61,8 +61,7 @@ def measure(run: Run, seconds: float) -> Iterator[Stage]:
         yield from _teachers(run, timer, images)
 
         def forward() -> torch.Tensor:
-            with run.runtime.autocast():
-                return parts.student(images)
+            return parts.trainee.logits(images)
 
         def forward_backward() -> None:
             logits = forward()

@@ -69,9 +69,7 @@ class Validation:
             loader.close()
 
     def _predict(self, images: torch.Tensor) -> list[torch.Tensor]:
-        with self.runtime.autocast():
-            student_logits = self.parts.student(images)
-        return [student_logits, *(self._teacher_logits(images) if self.parts.teachers else [])]
+        return [self.parts.trainee.logits(images), *(self._teacher_logits(images) if self.parts.teachers else [])]
 
     def _teacher_logits(self, images: torch.Tensor) -> list[torch.Tensor]:
         number = self._number

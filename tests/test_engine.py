@@ -317,10 +317,27 @@ def test_distilling_brings_the_student_to_its_teacher_without_labels(taught, opt
     assert summary["final"]["kl"] < 0.5 * summary["start"]["kl"]
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, None)], ids=["amx", "no amx"])
-def test_auto_is_bf16_on_cpus_where_it_is_always_faster(monkeypatch, amx, expected):
+@pytest.mark.parametrize(
+    ("amx", "avx512", "student", "expected"),
+    [
+        (True, True, "test_efficientnet", "bfloat16"),
+        (False, True, "test_efficientnet", "float32"),  # depthwise convolutions, which are slower in bf16 there
+        (False, True, "test_resnet", "bfloat16"),
+        (False, False, "test_resnet", "float32"),
+    ],
+)
+def test_auto_is_bf16_on_cpus_where_it_is_faster(
+    fields, weights, tmp_path, monkeypatch, amx, avx512, student, expected
+):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert runtimes.precision("auto", torch.device("cpu")) == expected
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    changes = {"amp": "auto", "student": f"{student}@{weights(student, 1)}", "run_dir": str(tmp_path)}
+    runtime = runtimes.start("cpu", "auto")
+    assert runtime.precision == ("bfloat16" if avx512 else "float32")
+    run = Run(make_recipe(**{**fields, **changes}), runtime, RunDirectory(tmp_path))
+    assert run.parts.trainee.precision == expected
+    logits = run.parts.trainee.logits(next(iter(run.loader(0, 1))).images)
+    assert str(logits.dtype) == f"torch.{expected}"
 
 
 @pytest.mark.parametrize("size", [26, 1000])
