@@ -23,6 +23,7 @@ VARIANTS = [
     *[("forward", k, torch.bfloat16) for k in (1, 2, 4)],
     ("forward", 4, torch.float32),
     ("backward", 4, torch.bfloat16),
+    ("backward", 4, torch.float32),
     ("sparse forward", 1, torch.bfloat16),
     ("sparse backward", 1, torch.bfloat16),
     ("top-k", 2, torch.bfloat16),
