@@ -99,7 +99,7 @@ def check(found: Sequence[Parity], runtime: Runtime) -> None:
             )
         if not parity.holds():
             raise UsageError(
-                f"--teachers {parity.spec}: as it runs ({runtime.precision}), {parity} "
+                f"--teachers {parity.spec}: as it runs here, {parity} "
                 f"(wanted: {100 * LEAST_AGREEMENT:.0f}% but for ties, at most {LARGEST_MEAN}): use --amp off, or "
                 "--no-compile"
             )

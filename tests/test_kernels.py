@@ -338,7 +338,7 @@ NOISE_AND_CONFIDENCE = [(1.0, 0), (0.1, 0), (1e-3, 0), (1e-5, 0), (0.0, 0), (1e-
 )
 def test_agreement_keeps_its_last_bits(device, dtype, classes, weights, temperature):
     """The gradient is the difference of two probabilities, which may be anything down to nothing."""
-    if (len(weights) == 16 or classes > 10000) and dtype != torch.float32:
+    if INTERPRETED and (len(weights) == 16 or classes > 10000) and dtype != torch.float32:
         pytest.skip("takes the interpreter long; the sizes between do the same")
     noise, confidence = torch.tensor(NOISE_AND_CONFIDENCE[2:7:2] if classes > 4096 else NOISE_AND_CONFIDENCE).T
     student = logits(len(noise), classes)
