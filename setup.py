@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+# A room imports only itself and those before it (tests/test_rooms.py).
+ROOMS = ["machine", "models", "method", "record", "labels", "training", "measure", "figures", "cli"]
 
 setup(
     name="mealfast",
@@ -21,7 +23,8 @@ setup(
         "mealfast.loaders": "loaders",
         "mealfast.kernels": "kernels",
     },
-    packages=["mealfast", "mealfast.loaders", "mealfast.kernels"],
+    packages=["mealfast", "mealfast.loaders", "mealfast.kernels", *(f"mealfast.{room}" for room in ROOMS)],
+    package_data={"mealfast": ["py.typed"]},
     entry_points={"console_scripts": ["mealfast = mealfast.__main__:main"]},
     install_requires=[
         "torch>=2.11",

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from mealfast.loaders.cores import core_count
 from PIL import Image
+
+from mealfast.loaders.cores import core_count
 
 # Widths and heights as ImageNet's training set has them: mostly 500 x 375 and its like, a mean near 400 x 350.
 SIZES = [(500, 375), (500, 333), (375, 500), (333, 500), (500, 500), (400, 300), (320, 240), (256, 256), (200, 250)]

@@ -25,8 +25,9 @@ from collections.abc import Callable
 
 import torch
 from _record import record, write
-from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
 from torch import Tensor
+
+from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASSES = ("forward", "forward with backward")

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from _images import make_images
 from _record import record, write
+
+from mealfast.errors import UsageError
 from mealfast.loaders import (
     CacheHeader,
     DataError,
@@ -31,12 +33,10 @@ from mealfast.loaders import (
     train_loader,
 )
 from mealfast.loaders.cores import core_count
-
-from mealfast import runtime as runtimes
-from mealfast.assembly import assemble
-from mealfast.errors import UsageError
+from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
-from mealfast.train_step import TrainStep
+from mealfast.training.job import assemble
+from mealfast.training.step import TrainStep
 
 CHANGES = {
     "hard-labels": {"hard_label_weight": 1.0},

@@ -23,6 +23,7 @@ import nvidia.dali
 import torch
 from _images import make_images
 from _record import record, write
+
 from mealfast.loaders import DataError, ImageIndex, ViewPlan, train_loader
 from mealfast.loaders.cores import core_count
 

@@ -21,7 +21,7 @@ import timm
 import torch
 from _record import record
 
-from mealfast.checkpoint_writer import CheckpointWriter
+from mealfast.record.checkpoint_writer import CheckpointWriter
 
 QUIET_STEPS = 20  # between two saves
 

@@ -33,18 +33,18 @@ from _images import make_images
 from _record import _output, record, write
 from baseline import Baseline
 from label_cache import random_cache
-from mealfast.loaders import ViewPlan
-from mealfast.loaders.cores import core_count
 from timm_style import TimmStyle
 
-from mealfast import runtime as runtimes
-from mealfast import stages
-from mealfast.engine import Run
 from mealfast.errors import UsageError
-from mealfast.model_spec import parse as parse_spec
+from mealfast.loaders import ViewPlan
+from mealfast.loaders.cores import core_count
+from mealfast.machine import processes as runtimes
+from mealfast.machine.processes import Runtime
+from mealfast.measure import stages
+from mealfast.models.spec import parse as parse_spec
 from mealfast.recipe import RECIPES, Recipe, make_recipe
-from mealfast.run_directory import RunDirectory
-from mealfast.runtime import Runtime
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training.loop import Run
 
 RECIPE_OF_SIZE = {224: "resnet50-224", 380: "resnet50-380"}
 

@@ -7,22 +7,22 @@ from collections.abc import Callable
 from importlib import import_module
 
 import mealfast
-from mealfast.command import run_command
+from mealfast.cli.endings import run_command
 
 # Name: (module, function, what it does). Imported on use: torch and timm take seconds.
 COMMANDS = {
     "train": ("mealfast.train", "train_command", "distil teachers into a student"),
     "evaluate": (
-        "mealfast.evaluate_command",
+        "mealfast.cli.evaluate",
         "evaluate_command",
         "top-1 and top-5 of models, alone and as an ensemble",
     ),
-    "index": ("mealfast.index_command", "index_command", "what a folder of images holds, and what cannot be read"),
-    "pack": ("mealfast.pack_command", "pack_command", "an image tree as a few large tar shards"),
-    "labels": ("mealfast.labels_command", "labels_command", "the teachers' targets on disk: build, info, verify"),
-    "forecast": ("mealfast.forecast_command", "forecast_command", "each stage's speed, the bottleneck, the hours"),
-    "figures": ("mealfast.figures", "figures_command", "curves of one or more runs"),
-    "demo": ("mealfast.demo", "demo_command", "the whole job on real handwritten digits, in about three minutes"),
+    "index": ("mealfast.cli.index", "index_command", "what a folder of images holds, and what cannot be read"),
+    "pack": ("mealfast.cli.pack", "pack_command", "an image tree as a few large tar shards"),
+    "labels": ("mealfast.cli.labels", "labels_command", "the teachers' targets on disk: build, info, verify"),
+    "forecast": ("mealfast.cli.forecast", "forecast_command", "each stage's speed, the bottleneck, the hours"),
+    "figures": ("mealfast.figures.curves", "figures_command", "curves of one or more runs"),
+    "demo": ("mealfast.cli.demo", "demo_command", "the whole job on real handwritten digits, in about three minutes"),
 }
 
 

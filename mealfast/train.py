@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 try:
-    from mealfast.command import run_command
-    from mealfast.options import Parser, add_recipe_options, recipe_from
+    from mealfast.cli.endings import run_command
+    from mealfast.cli.options import Parser, add_recipe_options, recipe_from
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] != "mealfast":
         raise
@@ -29,7 +29,7 @@ def train_command(argv: list[str]) -> int:
     """Parses the options, runs the recipe. Exit status 0, or 2 for a wrong option or file."""
     recipe = recipe_from(make_parser().parse_args(argv))
 
-    from mealfast.engine import train  # torch and timm take seconds to import: not for --help and typing errors
+    from mealfast.training.loop import train  # torch and timm take seconds to import: not for --help and typing errors
 
     train(recipe)
     return 0

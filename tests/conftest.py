@@ -123,7 +123,7 @@ def exact_cuda(monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
-    monkeypatch.setattr("mealfast.runtime._prefer_speed", exactly)
+    monkeypatch.setattr("mealfast.machine.processes._prefer_speed", exactly)
     yield
     torch.backends.cudnn.deterministic = False
 

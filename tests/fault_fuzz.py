@@ -24,16 +24,16 @@ import fault_runs
 import fault_soak
 import numpy as np
 import torch
-from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan, pack, train_loader
 from PIL import Image
 
-import mealfast.weights
-from mealfast import checkpoint
-from mealfast import runtime as runtimes
-from mealfast.engine import Run, train
+import mealfast.models.weights
 from mealfast.errors import UsageError
+from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan, pack, train_loader
+from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
-from mealfast.run_directory import RunDirectory
+from mealfast.record import checkpoint
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training.loop import Run, train
 
 MEMORY = 2 << 30  # bytes beyond what the process has when it starts
 SECONDS = 20  # for one mutation
@@ -165,7 +165,7 @@ def weights(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
         inside = suffix == ".pth" and number % 2
         target.write_bytes(mutated_member(both[suffix], rng) if inside else mutate(both[suffix], rng))
         try:
-            mealfast.weights.read(target)
+            mealfast.models.weights.read(target)
             yield "read"
         except UsageError as error:
             yield one_line(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 import fault_runs
 from runs import assert_same_run
 
-from mealfast import checkpoint
+from mealfast.record import checkpoint
 
 EVERY = 2  # steps between checkpoints
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import mealfast.engine
+import mealfast.training.loop
 from mealfast.recipe import make_recipe
 
 with suppress(ImportError):
@@ -100,7 +100,7 @@ def fork(work: Callable[[], object], log: Path) -> int:
 
 def train(fields: dict, run_dir: Path) -> Callable[[], object]:
     """Work for `fork`: the run in that directory, or what is left of it."""
-    return lambda: mealfast.engine.train(make_recipe(**{**fields, "run_dir": str(run_dir)}))
+    return lambda: mealfast.training.loop.train(make_recipe(**{**fields, "run_dir": str(run_dir)}))
 
 
 def wait(pid: int, seconds: float, log: Path) -> int:

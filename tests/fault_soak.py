@@ -9,9 +9,9 @@ from pathlib import Path
 
 import fault_runs
 
-import mealfast.engine
+import mealfast.training.loop
 from mealfast.recipe import make_recipe
-from mealfast.train_step import TrainStep
+from mealfast.training.step import TrainStep
 
 SETTLED = 1000  # steps after which memory is flat
 EVERY = 250  # steps between two looks
@@ -45,7 +45,7 @@ def campaign(times: int, seed: int) -> dict[str, object]:
             root, epochs=-(-times // PER_EPOCH), lr=1e-4, lr_decay_epochs=(1000,), log_every=50, checkpoint_every=100,
             eval_every=100, max_steps=times, run_dir=str(root / "run"), loader="dali", seed=seed,
         )  # fmt: skip
-        mealfast.engine.train(make_recipe(**fields))
+        mealfast.training.loop.train(make_recipe(**fields))
     start = curve[SETTLED] if SETTLED in curve else curve[max(curve) // 2 // EVERY * EVERY]
     later = {number: value for number, value in curve.items() if number >= SETTLED} or dict([curve.popitem()])
     growth = max(memory for memory, _ in later.values()) / start[0] - 1

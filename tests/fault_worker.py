@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from mealfast.command import run_command
+from mealfast.cli.endings import run_command
 
 
 def work(argv: list[str]) -> int:
-    from mealfast.engine import train
     from mealfast.recipe import make_recipe
-    from mealfast.train_step import TrainStep
+    from mealfast.training.loop import train
+    from mealfast.training.step import TrainStep
 
     step = TrainStep.__call__
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

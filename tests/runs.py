@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mealfast import checkpoint
+from mealfast.record import checkpoint
 
 SPEEDS = ("images_per_second", "data_wait_fraction")  # all of a line that may differ between equal runs
 

@@ -12,11 +12,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # read when torch is first imp
 
 import torch
 
-from mealfast.engine import Run
+from mealfast.machine.processes import start, stop
 from mealfast.recipe import make_recipe
-from mealfast.run_directory import RunDirectory
-from mealfast.runtime import start, stop
-from mealfast.train_step import TrainStep
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training.loop import Run
+from mealfast.training.step import TrainStep
 
 
 def main() -> None:

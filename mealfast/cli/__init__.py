@@ -1,0 +1,1 @@
+"""The command line: options, endings, one file a subcommand."""

@@ -1,0 +1,66 @@
+"""`mealfast forecast`: how fast each stage runs here, what limits the run, and how long the recipe will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from mealfast.cli.options import Parser, add_recipe_options, recipe_from
+from mealfast.errors import UsageError
+
+DESCRIPTION = """\
+Measures every stage of a training step with the recipe's own models, images and batch: decoding, each teacher, student,
+loss, optimiser, the whole step. Names the bottleneck and says how many hours the recipe takes, live and from a label
+cache. Takes the options of `mealfast train`; writes nothing. Under torchrun it measures all processes together."""
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="mealfast forecast", usage="mealfast forecast --data DIR --recipe NAME [OPTIONS]", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="measuring time of each stage (default: 5)"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="also say the hours on N devices like this one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_recipe_options(parser)
+    return parser
+
+
+def forecast_command(argv: list[str]) -> int:
+    """Runs the command; exit status 0. Raises UsageError or DataError."""
+    options = make_parser().parse_args(argv)
+    if not 0 < options.seconds < 1e6:
+        raise UsageError(f"--seconds {options.seconds}: must be more than 0")
+    if options.gpus is not None and options.gpus < 1:
+        raise UsageError(f"--gpus {options.gpus}: must be 1 or more")
+    recipe = dataclasses.replace(recipe_from(options), resume="never", max_steps=None)
+
+    from mealfast.machine import processes as runtimes
+    from mealfast.measure import forecast
+    from mealfast.record.run_directory import RunDirectory
+    from mealfast.training import report as run_report
+    from mealfast.training.loop import Run
+
+    runtime = runtimes.start(recipe.device, recipe.amp)
+    try:
+        run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
+
+        def say(line: str) -> None:
+            if runtime.is_main:
+                print(line, flush=True)
+
+        for line in run_report.introduction(recipe, runtime, run.parts, run.data, run.steps_per_epoch):
+            say(line)
+        for report in run.teacher_reports:
+            say(str(report))
+        made = forecast.forecast(run, options.seconds, say)
+        for line in forecast.lines(run, made, options.gpus):
+            say(line)
+        if options.json:
+            say(json.dumps(made.to_json()))
+    finally:
+        runtimes.stop()
+    sys.stdout.flush()
+    return 0

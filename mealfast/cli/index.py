@@ -1,0 +1,89 @@
+"""`mealfast index`: what a folder of images holds, and what in it cannot be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mealfast.cli.options import Parser
+from mealfast.loaders import ImageIndex
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="mealfast index",
+        usage="mealfast index DIR [OPTIONS]",
+        description="Scans a tree of images (class = first folder), stores its index beside the data and says what it "
+        "holds: images, classes, sizes, and every file that cannot be read with the reason.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="tree of class folders, or a folder with train/ and val/")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image once, instead of reading headers only"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="parallel readers (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    return parser
+
+
+def index_command(argv: list[str]) -> int:
+    """Runs the command; exit status 0. Raises DataError for a folder that is missing or has no usable image."""
+    options = make_parser().parse_args(argv)
+    root = Path(options.folder)
+    parts = [name for name in ("train", "val") if (root / name).is_dir()]
+    found = [
+        describe(
+            ImageIndex.scan(root / name, workers=options.workers, progress=sys.stderr.isatty(), decode=options.decode),
+            name,
+        )
+        for name in parts or [""]
+    ]
+    whole = together(found, str(root)) if parts else found[0]
+    if options.json:
+        print(json.dumps(whole))
+    else:
+        print("\n".join(_text(facts) for facts in found))
+    return 0
+
+
+def describe(index: ImageIndex, part: str = "") -> dict[str, Any]:
+    """The content of `--json` for one tree; `part` is its place below the folder that the user named."""
+    short = np.minimum(index.widths, index.heights)
+    return {
+        "root": str(index.root),
+        "images": len(index),
+        "classes": len(index.classes),
+        "unlabelled": int((index.labels < 0).sum()),
+        "shorter_side": {"min": int(short.min()), "median": float(np.median(short)), "max": int(short.max())},
+        "digest": index.digest,
+        "quarantined": [{"path": str(Path(part) / path), "reason": reason} for path, reason in index.quarantined],
+    }
+
+
+def together(parts: list[dict[str, Any]], root: str) -> dict[str, Any]:
+    """The content of `--json` for a folder with train/ and val/: the sums, and each part below its name."""
+    return {
+        "root": root,
+        "images": sum(part["images"] for part in parts),
+        "classes": max(part["classes"] for part in parts),
+        "unlabelled": sum(part["unlabelled"] for part in parts),
+        "quarantined": [entry for part in parts for entry in part["quarantined"]],
+        **{Path(part["root"]).name: part for part in parts},
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    side = facts["shorter_side"]
+    lines = [
+        f"{facts['root']}: {facts['images']:,} images of {facts['classes']:,} classes, shorter side {side['min']} to "
+        f"{side['max']} px (median {side['median']:.0f})"
+    ]
+    if facts["unlabelled"]:
+        lines.append(f"  {facts['unlabelled']:,} images lie outside class folders: they have no label")
+    if facts["quarantined"]:
+        lines.append(f"  {len(facts['quarantined']):,} files cannot be read and are left out:")
+        lines += [f"    {entry['path']}: {entry['reason']}" for entry in facts["quarantined"]]
+    return "\n".join(lines)

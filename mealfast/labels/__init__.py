@@ -1,0 +1,1 @@
+"""Label caches: building, verifying, writing through, importing FKD's."""

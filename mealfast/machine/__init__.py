@@ -1,0 +1,1 @@
+"""Processes, devices, memory, files: what the machine gives. Knows nothing of images or models."""

@@ -1,0 +1,1 @@
+"""Stage timing and the forecast made of it."""

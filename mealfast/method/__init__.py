@@ -1,0 +1,1 @@
+"""MEAL V2: data and labels, inputs, targets, student, objective, discriminator."""

@@ -1,0 +1,1 @@
+"""Model specs, weights, normalisation, folding, the teacher ensemble and its layouts."""

@@ -1,0 +1,214 @@
+"""From a model spec to a module that takes uint8 images and normalises them itself.
+
+Shape legend: B images, H and W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import socket
+import urllib.error
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from torch import nn
+
+from mealfast.errors import UsageError
+from mealfast.models import weights
+from mealfast.models.spec import ModelSpec, parse
+
+# Arguments of timm.create_model that a spec has other words for, or that make something else than such a model.
+_NOT_IN_SPECS = frozenset(
+    {
+        "cache_dir", "checkpoint_path", "features_only", "in_chans", "pretrained", "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    }
+)  # fmt: skip
+
+
+class NormalizedModel(nn.Module):
+    """A timm model behind its own preprocessing: uint8 [B, H, W, 3] -> logits [B, C].
+
+    `permute` turns NHWC bytes into a channels-last NCHW view without a copy; the cast and the normalisation are one
+    pointwise operation, which torch.compile fuses into the first convolution's input.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size  # pixels a side that it was built for
+        # Not in the state dict: a checkpoint of the model is timm's, key for key.
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1), persistent=False
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.permute(0, 3, 1, 2).to(self.scale.dtype)
+        return self.model(x * self.scale + self.shift)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+
+def build(spec: str | ModelSpec, size: int | None = None) -> NormalizedModel:
+    """The model of a spec on the CPU in float32, with its weights, its own mean and std, in training mode.
+
+    `size` (pixels) is handed to architectures that are built for one input size (vision transformers). Raises
+    UsageError where the architecture, tag, keyword arguments or weights are wrong or cannot be had.
+    """
+    spec = parse(spec) if isinstance(spec, str) else spec
+    _check_names(spec)
+    state = weights.read(spec.checkpoint) if spec.checkpoint else None
+    model = _create(spec, state, size)
+    if state is not None:
+        weights.load(model, state, spec)
+    config = timm.data.resolve_model_data_config(model)
+    if config["input_size"][0] != 3:
+        raise UsageError(f"model spec {spec.text!r}: takes {config['input_size'][0]} channels; images have 3")
+    return NormalizedModel(model, config["mean"], config["std"], size or config["input_size"][-1])
+
+
+def evaluation_config(model: NormalizedModel) -> dict[str, Any]:
+    """timm's own evaluation of a model: {"size" (pixels), "crop_pct", "interpolation"}."""
+    config = timm.data.resolve_model_data_config(model.model, use_test_size=False)
+    return {
+        "size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+    }
+
+
+def is_random(spec: str) -> bool:
+    """No tag and no checkpoint means random weights."""
+    parsed = parse(spec)
+    return not parsed.tag and not parsed.checkpoint
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights: names, shapes, dtypes and bytes."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{key} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def check_distinct(specs: Sequence[str], digests: Sequence[str]) -> None:
+    """Refuses an ensemble that holds the same weights twice: its mean would be that of fewer teachers."""
+    seen: dict[str, str] = {}
+    for spec, value in zip(specs, digests, strict=True):
+        if value in seen:
+            raise UsageError(f"--teachers {seen[value]} and {spec} have the same weights: name different teachers")
+        seen[value] = spec
+
+
+def check_classes(specs: Sequence[str], models: Sequence[NormalizedModel], student: str, num_classes: int) -> None:
+    """Refuses teachers that do not have the student's `num_classes` outputs."""
+    for spec, model in zip(specs, models, strict=True):
+        if model.num_classes != num_classes:
+            raise UsageError(
+                f"--teachers {spec} has {model.num_classes} classes, the student {student} has {num_classes}: "
+                "they must agree (?num_classes=N in a spec sets them)"
+            )
+
+
+def probe(model: NormalizedModel, spec: str, size: int) -> None:
+    """Runs one grey image through a model, so that a size it cannot take is refused before anything starts."""
+    training = model.training
+    device = model.scale.device
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"model spec {spec!r} cannot take {size} x {size} pixels: {_first_line(error)}; change --size"
+        ) from error
+    finally:
+        model.train(training)
+    if logits.ndim != 2 or logits.shape[1] != model.num_classes:
+        raise UsageError(f"model spec {spec!r} is no classifier: its output has shape {list(logits.shape)}")
+    if not torch.isfinite(logits).all():
+        raise UsageError(f"model spec {spec!r} gives non-finite logits: its weights are damaged")
+
+
+def _check_names(spec: ModelSpec) -> None:
+    if not timm.is_model(spec.architecture):
+        close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UsageError(f"model spec {spec.text!r}: timm has no architecture {spec.architecture!r}; {hint}")
+    for key in sorted(_NOT_IN_SPECS & set(spec.kwargs)):
+        raise UsageError(
+            f"model spec {spec.text!r}: {key} cannot be set; weights are NAME.TAG or NAME@FILE, images have 3 channels"
+        )
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{spec.architecture}.*")]
+    if spec.tag and spec.tag not in tags:
+        known = ", ".join(tags) or "none"
+        raise UsageError(f"model spec {spec.text!r}: no tag {spec.tag!r}; timm's for {spec.architecture}: {known}")
+
+
+def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | None) -> nn.Module:
+    kwargs = dict(spec.kwargs)
+    if state is not None and "num_classes" not in kwargs:
+        kwargs.update(weights.num_classes(spec, state))
+    config = timm.models.get_pretrained_cfg(spec.timm_name)
+    if size is not None and config is not None and config.fixed_input_size and "img_size" not in kwargs:
+        kwargs["img_size"] = size
+    pretrained = bool(spec.tag) and state is None
+    if pretrained:
+        kwargs.update(_local_weights(spec, config))
+    try:
+        return timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs)
+    except (OSError, urllib.error.HTTPError) as error:
+        raise _no_weights(spec, _first_line(error)) from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(f"model spec {spec.text!r}: timm cannot build it: {_first_line(error)}") from error
+
+
+def _local_weights(spec: ModelSpec, config: Any) -> dict[str, Any]:
+    """Weights that the hub's client has already cached, or an error at once where there is no network.
+
+    Without this the client tries for a minute before it gives up, even where the file lies in its cache.
+    """
+    if not config.hf_hub_id or _hub_answers():
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(config.hf_hub_id, name)
+        if isinstance(path, str):
+            return {"pretrained_cfg_overlay": {"file": path}}
+    raise _no_weights(spec, "the network cannot be reached")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name resolves; behind a proxy that is the proxy's business."""
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return True
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _no_weights(spec: ModelSpec, reason: str) -> UsageError:
+    return UsageError(
+        f"the weights of {spec.timm_name} could not be downloaded ({reason}): run where there is a network, "
+        f"or give a checkpoint file as {spec.timm_name}@FILE"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,137 @@
+"""From loaded teachers to a running ensemble: folded, as precise as it must be, laid out, compiled, captured, checked.
+
+Shape legend: B images of this process's part of a step, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from mealfast.machine.processes import Runtime
+from mealfast.models import normalised as models
+from mealfast.models import parity
+from mealfast.models.ensemble import FrozenEnsemble, fold, logits_in, measure_layouts
+from mealfast.models.layout import Choice, Layout, LayoutStore, default_layout, key_of
+from mealfast.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """How one teacher runs, and how close to eager float32."""
+
+    spec: str
+    key: str  # what the choice depends on: teacher_layout.key_of
+    choice: Choice
+    parity: parity.Parity
+
+    def to_json(self) -> dict[str, Any]:
+        """For config.json and for checkpoints, from which a resumed run takes its layouts."""
+        return {"model": self.spec, "key": self.key, **self.choice.to_json(), "parity": self.parity.to_json()}
+
+    def __str__(self) -> str:
+        rates = self.choice.images_per_second
+        own = rates.get(str(self.choice.layout))
+        others = ", ".join(f"{name}: {rate:,.0f}" for name, rate in rates.items() if name != str(self.choice.layout))
+        speed = "" if own is None else f", {own:,.0f} images/s ({others})"
+        remembered = ", as remembered" if self.choice.remembered else ""
+        return f"teacher {self.spec}: {self.choice.layout}{speed}{remembered}; {self.parity}"
+
+
+def prepare(
+    recipe: Recipe,
+    runtime: Runtime,
+    teachers: Sequence[models.NormalizedModel],
+    images: torch.Tensor,
+    *,
+    compile: bool,
+    earlier: Mapping[str, Any],
+    specs: Sequence[str] | None = None,
+) -> tuple[FrozenEnsemble, list[TeacherReport]]:
+    """Teachers, ready to be called; `images` is one real batch, uint8 [B, H, W, 3] on the device.
+
+    `specs` names them (None: they are the recipe's live ones). `earlier` maps keys to the layouts that the run being
+    resumed had: another layout would round differently. Takes the models over. A teacher that does not say in the
+    run's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
+    """
+    specs = recipe.live_teachers if specs is None else specs
+    references = parity.reference_logits(teachers, images, runtime)
+    for teacher in teachers:
+        fold(teacher, runtime.device)
+    defaults = [
+        default_layout(_fine_enough(spec, teacher, images, reference, runtime), compile)
+        for spec, teacher, reference in zip(specs, teachers, references, strict=True)
+    ]
+    # The main process chooses for all.
+    keys = runtime.gather(
+        [key_of(spec, images, runtime.device, default) for spec, default in zip(specs, defaults, strict=True)]
+    )[0]
+    choices = None
+    with runtime.main_first():  # minutes, where it compiles: a collective would time out
+        if runtime.is_main:
+            choices = [
+                _choice(recipe, teacher, images, default, key, earlier)
+                for teacher, default, key in zip(teachers, defaults, keys, strict=True)
+            ]
+    choices = runtime.gather(choices)[0]
+    ensemble = FrozenEnsemble(teachers, runtime, compile=compile, layouts=[choice.layout for choice in choices])
+    if runtime.device.type == "cuda" and recipe.cuda_graphs in (None, "ensemble"):
+        try:
+            ensemble.capture(images)
+        except RuntimeError as error:
+            if recipe.cuda_graphs:
+                raise
+            if runtime.is_main:  # nobody asked for a graph: it is the run that matters
+                reason = str(error).strip().splitlines()[0]
+                print(f"note: the teachers cannot be captured as a CUDA graph ({reason}): run without", file=sys.stderr)
+    found = parity.compare(specs, ensemble(images), references, runtime)
+    parity.check(found, runtime)
+    return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
+
+
+def _fine_enough(
+    spec: str, teacher: models.NormalizedModel, images: torch.Tensor, reference: torch.Tensor, runtime: Runtime
+) -> str:
+    """The run's dtype, or the next finer one in which a folded teacher says on these images what it says in float32."""
+    dtypes = [runtime.precision, "float32"]
+    if runtime.device.type == "cuda" and runtime.precision == "bfloat16":
+        dtypes.insert(1, "float16")  # as fast, and rounds an eighth as much: but its range is small
+    for dtype, finer in pairwise(dict.fromkeys(dtypes)):
+        ours = logits_in(teacher, default_layout(dtype, compile=False), images)
+        (found,) = parity.compare([spec], [ours], [reference], runtime)
+        # Within half the bounds: the layout that it gets will round in other places.
+        if found.holds(0.5) or not found.finite_in_float32:
+            return dtype
+        if runtime.is_main:
+            print(f"note: teacher {spec} is taken in {finer}: in {dtype} {found}", file=sys.stderr)
+    return "float32"
+
+
+def _choice(
+    recipe: Recipe,
+    teacher: models.NormalizedModel,
+    images: torch.Tensor,
+    default: Layout,
+    key: str,
+    earlier: Mapping[str, Any],
+) -> Choice:
+    if key in earlier:
+        return Choice(Layout(**earlier[key]), {}, remembered=True)
+    if not recipe.tune_teachers:
+        return Choice(default, {})
+    store = LayoutStore()
+    choice = store.get(key, default.compiled)
+    if choice is None:
+        choice = measure_layouts(teacher, images, default)
+        store.put(key, choice)
+    return choice
+
+
+def layouts(reports: Sequence[TeacherReport]) -> dict[str, dict[str, Any]]:
+    """What `prepare` takes as `earlier`."""
+    return {report.key: asdict(report.choice.layout) for report in reports}

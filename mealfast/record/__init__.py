@@ -1,0 +1,1 @@
+"""What a run writes: run directory, checkpoints, metrics, console. Takes values, knows no run."""

@@ -1,0 +1,77 @@
+"""The run directory: whose it is, and where everything in it lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mealfast.errors import UsageError
+from mealfast.recipe import RESUMABLE_FIELDS, Recipe
+from mealfast.record import checkpoint
+from mealfast.record.metrics import Telemetry
+
+
+class RunDirectory:
+    """Paths of one run. Creating it touches nothing; `claim` does."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student.safetensors"
+        self.summary = self.path / "summary.json"
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuses a directory that holds something other than this run. Raises UsageError; writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--run-dir {self.path}: is a file; name a folder")
+        if not self.config.exists():
+            return
+        if recipe.resume == "never":
+            raise UsageError(f"--run-dir {self.path}: already holds a run; name another, or use --resume auto")
+        try:
+            stored = json.loads(self.config.read_text(encoding="utf-8"))["recipe"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.config}: is damaged; name another --run-dir") from error
+        refuse_other_recipe(recipe, stored, f"--run-dir {self.path}: holds a run")
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Creates the directory and writes config.json; removes what a killed process left half-written.
+
+        Raises UsageError where nothing can be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                checkpoint.remove_leftovers(folder)
+            checkpoint.write_json(self.config, config)
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
+
+    def telemetry(
+        self, first_step: int, keep_line: Callable[[dict[str, Any]], bool], say: Callable[[str], None]
+    ) -> Telemetry:
+        """Opens metrics.jsonl and tensorboard/. Raises UsageError where nothing can be written."""
+        try:
+            return Telemetry(self.path, first_step, keep_line, say)
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
+
+
+def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> None:
+    """Raises UsageError that names the first option in which a stored recipe differs, if it decides the result."""
+    for name, value in recipe.to_json().items():
+        if name in RESUMABLE_FIELDS:
+            continue
+        if name not in stored or stored[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{what} with {flag} {_words(stored.get(name))}, not {_words(value)}: "
+                "use the same options or another --run-dir"
+            )
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""The run: job, step, optimiser, loop, evaluation, resume."""

@@ -1,0 +1,98 @@
+"""Evaluation within a run: the student beside its live teachers on val/, with pictures for TensorBoard.
+
+Shape legend: B images of this process, H and W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mealfast.kernels import ensemble_target
+from mealfast.loaders import EvalViews, eval_loader
+from mealfast.machine.processes import Runtime
+from mealfast.method import data as splits
+from mealfast.recipe import Recipe
+from mealfast.training import resume as run_state
+from mealfast.training.job import Parts
+from mealfast.training.scoring import Evaluation, evaluate
+
+_PICTURES = 4  # shown with the top-5 of their target
+_ROOM = 2 << 30  # bytes of each process for what its teachers said
+
+ShowPictures = Callable[[torch.Tensor, torch.Tensor, list[str]], None]
+
+
+class Validation:
+    """Scores the student, each teacher and their ensemble, and the student's KL to it, on every validation image."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, data: splits.Splits) -> None:
+        self.recipe, self.runtime, self.parts, self.data = recipe, runtime, parts, data
+        # The teachers' logits of every batch, K x [B, C] each, from the first evaluation: the images and the teachers
+        # are the same in all of them. Without this an ImageNet run spends 3% of its time on hearing them again.
+        self._kept: list[list[torch.Tensor]] = []
+        share = -(-len(data.val) // runtime.world_size)
+        self._keeps = len(parts.live_teachers) * share * parts.student.num_classes * 4 <= _ROOM
+        self._number = 0  # of the batch that comes next
+
+    def __call__(self, show: ShowPictures | None = None) -> Evaluation:
+        """Models in the order student, teachers. `show` gets the first images, their targets and the class names."""
+        recipe, runtime, student = self.recipe, self.runtime, self.parts.student
+        run_state.share_buffers(student, runtime)
+        batch_size = recipe.batch_size // runtime.world_size
+        teachers = range(1, 1 + len(self.parts.live_teachers))
+        loader = eval_loader(
+            recipe.loader,
+            self.data.val,
+            EvalViews.from_crop_pct(recipe.size, recipe.eval_crop_pct, recipe.eval_interpolation),
+            batch_size=batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            threads=recipe.loader_threads,
+        )
+        self._number = 0
+        student.eval()
+        try:
+            return evaluate(
+                self._predict,
+                1 + len(teachers),
+                [loader],
+                runtime,
+                ensemble=teachers,
+                student=0 if teachers else None,
+                pad_to=batch_size if self.parts.compiled else None,
+                on_batch=_FirstBatch(show, self._names()) if show and teachers else None,
+            )
+        finally:
+            student.train()
+            loader.close()
+
+    def _predict(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.parts.trainee.logits(images), *(self._teacher_logits(images) if self.parts.teachers else [])]
+
+    def _teacher_logits(self, images: torch.Tensor) -> list[torch.Tensor]:
+        number = self._number
+        self._number += 1
+        if number < len(self._kept):
+            return [logits.to(images.device, non_blocking=True) for logits in self._kept[number]]
+        found = self.parts.teachers(images)
+        if self._keeps:
+            self._kept.append([logits.to("cpu", copy=True) for logits in found])
+        return found
+
+    def _names(self) -> list[str]:
+        return splits.class_names(self.data, self.parts.student.num_classes)
+
+
+class _FirstBatch:
+    """Hands the first images of an evaluation on, with their targets, and ignores the rest."""
+
+    def __init__(self, show: ShowPictures, names: list[str]) -> None:
+        self.show, self.names = show, names
+
+    def __call__(self, images: torch.Tensor, logits: list[torch.Tensor]) -> None:
+        if self.show is not None:
+            self.show(images[:_PICTURES], ensemble_target([one[:_PICTURES] for one in logits[1:]]), self.names)
+            self.show = None

@@ -1,0 +1,388 @@
+"""The engine's steps against a plain PyTorch loop; accumulation; batches that give NaN; what a run writes."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from mealfast.errors import UsageError
+from mealfast.loaders import Batch, ImageIndex, ViewPlan
+from mealfast.machine import processes as runtimes
+from mealfast.models.spec import parse
+from mealfast.recipe import make_recipe
+from mealfast.record import checkpoint
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training import resume as run_state
+from mealfast.training import validation
+from mealfast.training.loop import Run, train
+
+from ..plain_loop import PlainLoop, PlainModel, views
+
+STEPS_PER_EPOCH = 3  # 25 images in batches of 8
+
+
+def make_run(options, **changes) -> Run:
+    recipe = make_recipe(**{**options, **changes})
+    return Run(recipe, runtimes.start("cpu", "off"), RunDirectory(recipe.run_dir))
+
+
+def metrics(recipe_or_dir, kind):
+    lines = (RunDirectory(recipe_or_dir).path / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def linear_layers(state):
+    return [(state[f"layers.{n}.weight"].clone(), state[f"layers.{n}.bias"].clone()) for n in (0, 2, 4)]
+
+
+def final(options):
+    """The last checkpoint's content: after it was written the engine goes on in memory, to time itself."""
+    return checkpoint.newest(RunDirectory(options["run_dir"]).checkpoints)[1]
+
+
+def plain_model(spec: str) -> PlainModel:
+    parsed = parse(spec)
+    return PlainModel(parsed.architecture, parsed.checkpoint, 3)
+
+
+@pytest.mark.parametrize("mode", ["off", "cooperative", "adversarial"])
+def test_a_run_is_the_plain_loop(options, tree, weights, mode):
+    """Four steps over two epochs, the learning rate falling between them: every weight, momentum and logged loss."""
+    options |= {"epochs": 2, "max_steps": 4, "lr": 0.01, "lr_decay_epochs": (1,), "log_every": 1, "eval_every": 0}
+    options["student"] = f"test_resnet@{weights('test_resnet', 1)}"  # its BatchNorms see 4 x 4 pixels at the end, not 1
+    changes = {"discriminator": mode, "weight_decay": 1e-3, "hard_label_weight": 0.25}
+    run = make_run(options, **changes)
+    layers = []
+    if mode != "off":
+        discriminator = run.parts.trainee.objective.discriminator
+        with torch.no_grad():  # heard beside the other losses: fresh from its seed it says little
+            for p in discriminator.parameters():
+                p.mul_(2.5)
+        layers = linear_layers(discriminator.state_dict())
+    student = plain_model(options["student"])
+    started = {key: value.clone() for key, value in student.model.state_dict().items()}
+    loop = PlainLoop(
+        student, [plain_model(spec) for spec in options["teachers"]], layers, mode, 0.01, 0.9, 1e-3, hard_weight=0.25
+    )
+    run.train()
+
+    index = ImageIndex.scan(tree / "train")
+    plan = ViewPlan(index.widths, index.heights, seed=0, size=32)
+    paths = [tree / "train" / index.relative_path(row) for row in range(len(index))]
+    losses = [loop.step(*views(plan, paths, index.labels, 8, step), 0.1 if step >= 3 else 1.0) for step in range(4)]
+
+    # Float32 sums in another order, relative to the largest change of a tensor. Rounding that pushes an activation
+    # over its ReLU's edge makes it larger than a few eps; the discriminator's sign makes 0.2.
+    near = 2e-3
+    state = final(options)
+    ours = state["student"]
+    for key, theirs in student.model.state_dict().items():
+        change = float((theirs - started[key]).abs().max())
+        assert change > 0
+        torch.testing.assert_close(
+            ours[key], theirs, rtol=0, atol=near * change + 1e-7, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    for number, p in enumerate(loop.parameters):
+        own = state["optimizer"]["state"][number]["momentum_buffer"]
+        theirs = loop.optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(own, theirs, rtol=0, atol=near * float(theirs.abs().max()) + 1e-7)
+    if mode != "off":
+        own = linear_layers(state["discriminator"])
+        for (weight, bias), (w, b), (w0, _) in zip(own, loop.layers, layers, strict=True):
+            near_weight = near * float((w - w0).detach().abs().max()) + 1e-7
+            torch.testing.assert_close(weight, w.detach(), rtol=0, atol=near_weight)
+            torch.testing.assert_close(bias, b.detach(), rtol=0, atol=near_weight)
+    for line, wanted in zip(metrics(options["run_dir"], "train"), losses, strict=True):
+        for name, value in wanted.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), name
+        assert line["lr"] == pytest.approx(0.001 if line["step"] >= 3 else 0.01)
+
+
+def copies(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+def one_step(options, images, labels, **changes):
+    """The student's change by the first step on a batch."""
+    run = make_run(options, **changes)
+    before = copies(run.parts.student.model.state_dict())
+    run.train_step(Batch(images, labels, torch.arange(len(labels))), 0)
+    after = run.parts.student.model.state_dict()
+    return {key: after[key] - before[key] for key in after}, run.train_step.meter.clone()
+
+
+@pytest.mark.parametrize("changes", [{}, {"cutmix": True, "hard_label_weight": 0.5}], ids=["plain", "cutmix"])
+def test_accumulated_parts_make_the_step_of_the_whole(options, weights, changes):
+    """LayerNorm only: without statistics over the batch 2 or 4 parts are the whole, up to rounding."""
+    options["student"] = f"test_vit@{weights('test_vit', 9)}"
+    options["teachers"] = (f"test_resnet@{weights('test_resnet', 2)}",)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 3, (8,), generator=generator)
+    whole, terms = one_step(options, images, labels, **changes)
+    largest = max(float(change.abs().max()) for change in whole.values())
+    assert largest > 1e-3
+    for parts in (2, 4):
+        split, split_terms = one_step(options, images, labels, accumulate=parts, **changes)
+        torch.testing.assert_close(split_terms, terms, rtol=1e-5, atol=1e-6)
+        for key, change in whole.items():
+            torch.testing.assert_close(split[key], change, rtol=0, atol=1e-5 * largest)
+
+
+def batch_of(run: Run, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Batch(images, torch.randint(0, 3, (8,), generator=generator), torch.arange(8))
+
+
+def trained_bits(run: Run):
+    """Every trained number: student, discriminator, momentum."""
+    state = run_state.capture(run.runtime, run.parts, run.train_step)
+    tensors = [p.detach().clone() for p in run.parts.trainee.parameters()]
+    momentum = [one["momentum_buffer"].clone() for one in state["optimizer"]["state"].values()]
+    assert len(momentum) == len(tensors)
+    return tensors + momentum
+
+
+class NanTeachers:
+    def __init__(self, teachers, value: float) -> None:
+        self.teachers, self.value = teachers, value
+
+    def __call__(self, images):
+        logits = self.teachers(images)
+        logits[0][2, 1] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first step", "a later step"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_with_nan_changes_no_bit(options, first, value):
+    run = make_run(options)
+    if not first:
+        run.train_step(batch_of(run, 1), 0)
+    before, teachers = trained_bits(run), run.parts.teachers
+    if not first:
+        assert any(bits.abs().max() > 0 for bits in before[len(before) // 2 :]), "there is no momentum to lose"
+    run.parts.teachers = NanTeachers(teachers, value)
+    run.train_step(batch_of(run, 2), 1)
+    assert int(run.train_step.skipped) == 1
+    for now, then in zip(trained_bits(run), before, strict=True):
+        assert torch.equal(now, then)
+
+    run.parts.teachers = teachers
+    run.train_step(batch_of(run, 3), 2)
+    assert int(run.train_step.skipped) == 1
+    after = trained_bits(run)
+    assert all(torch.isfinite(one).all() for one in after)
+    assert not torch.equal(after[0], before[0]), "the run must go on"
+
+
+def test_a_forward_pass_that_overflows_leaves_no_trace_in_batchnorm(options):
+    """Running statistics are written in the forward pass, before anyone knows that the step will be skipped."""
+    run = make_run(options)
+    run.train_step(batch_of(run, 1), 0)
+    model = run.parts.student.model
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    assert len(before) > 4
+    hook = model.conv_stem.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    run.train_step(batch_of(run, 2), 1)
+    hook.remove()
+    assert int(run.train_step.skipped) == 1
+    for name, then in before.items():
+        assert torch.equal(model.get_buffer(name), then), name
+    run.train_step(batch_of(run, 3), 2)
+    assert any(not torch.equal(model.get_buffer(name), then) for name, then in before.items()), "a good step moves them"
+
+
+def test_a_skipped_step_is_counted_and_leaves_the_log_finite(options):
+    options |= {"max_steps": 4, "eval_every": 0, "eval_start": False, "log_every": 2}
+    run = make_run(options)
+    teachers, calls = run.parts.teachers, []
+
+    def second_is_bad(images):
+        calls.append(1)
+        return (NanTeachers(teachers, math.nan) if len(calls) == 2 else teachers)(images)
+
+    run.parts.teachers = second_is_bad
+    assert run.train()["skipped_steps"] == 1
+    text = (RunDirectory(options["run_dir"]).path / "metrics.jsonl").read_text()
+    assert "NaN" not in text, "no JSON parser but Python's reads NaN"
+    lines = metrics(options["run_dir"], "train")
+    assert [line["step"] for line in lines] == [1, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_window_of_skipped_steps_only_is_logged(options):
+    options |= {"max_steps": 2, "eval_every": 0, "eval_start": False, "log_every": 1}
+    run = make_run(options)
+    teachers, calls = run.parts.teachers, []
+
+    def first_is_bad(images):
+        calls.append(1)
+        return (NanTeachers(teachers, math.nan) if len(calls) == 1 else teachers)(images)
+
+    run.parts.teachers = first_is_bad
+    assert run.train()["skipped_steps"] == 1
+    first, second = metrics(options["run_dir"], "train")
+    assert first["loss"] is None
+    assert math.isfinite(second["loss"])
+
+
+def test_outputs_of_a_run(options):
+    options |= {"epochs": 1, "eval_every": 1}
+    summary = train(make_recipe(**options))
+    folder = RunDirectory(options["run_dir"])
+    assert json.loads(folder.summary.read_text()) == summary
+    assert summary["finished"]
+    assert (summary["steps"], summary["total_steps"], summary["epochs"]) == (3, 3, 1)
+    assert summary["skipped_steps"] == summary["quarantined_images"] == 0
+    assert summary["replaced_images"] == {}
+    assert summary["images_per_second"] > 0
+    evaluations = metrics(options["run_dir"], "eval")
+    assert [line["step"] for line in evaluations] == [0, 3]
+    for line, name in zip(evaluations, ("start", "final"), strict=True):
+        assert summary[name] == {key: value for key, value in line.items() if key != "kind"}
+    assert [one["model"] for one in summary["teachers"]] == list(options["teachers"])
+    assert summary["ensemble"]["images"] == 11
+
+    config = json.loads(folder.config.read_text())
+    assert config["recipe"] == make_recipe(**options).to_json()
+    assert config["images"] == {"train": 25, "val": 11}
+    assert set(config["teacher_digests"]) == set(options["teachers"])
+    assert config["versions"]["torch"] == torch.__version__
+    assert (config["processes"], config["device"], config["precision"], config["compiled"]) == (
+        1,
+        "cpu",
+        "float32",
+        False,
+    )
+
+    left = {path.name for path in folder.path.iterdir()}
+    assert left == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student.safetensors", "summary.json"}
+
+
+def test_the_student_loads_with_plain_timm_and_gives_the_same_logits(options):
+    train(make_recipe(**options | {"epochs": 1, "eval_start": False}))
+    state = final(options)["student"]
+    ours = timm.create_model("test_efficientnet", num_classes=3).eval()
+    ours.load_state_dict(state)
+    plain = timm.create_model(
+        "test_efficientnet", num_classes=3, checkpoint_path=str(RunDirectory(options["run_dir"]).student)
+    ).eval()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(ours(x), plain(x))
+    start = torch.load(parse(options["student"]).checkpoint, weights_only=True)
+    assert not torch.equal(start["conv_stem.weight"], plain.conv_stem.weight), "nothing was learned"
+
+
+@pytest.fixture(scope="module")
+def taught(tree, tmp_path_factory):
+    """A teacher that labels alone have taught: its recipe's fields and what its run returned."""
+    options = {
+        "data": str(tree), "student": "test_resnet?num_classes=3", "hard_label_weight": 1.0, "size": 32, "epochs": 20,
+        "batch_size": 8, "lr": 0.05, "lr_decay_epochs": (15,), "amp": "off", "compile": False, "device": "cpu",
+        "loader": "pillow", "loader_threads": 2, "log_every": 20, "eval_every": 0,
+        "run_dir": str(tmp_path_factory.mktemp("taught")),
+    }  # fmt: skip
+    return options, train(make_recipe(**options))
+
+
+def test_labels_alone_need_no_teachers(taught):
+    options, summary = taught
+    assert summary["final"]["kl"] is None
+    assert (summary["teachers"], summary["ensemble"]) == ([], None)
+    lines = metrics(options["run_dir"], "train")
+    assert summary["start"]["top1"] < 50 < 90 < summary["final"]["top1"]
+    assert lines[1]["loss"] < 0.5 * lines[0]["loss"]
+    for line in lines:
+        assert line["soft_ce"] is line["kl"] is line["discriminator_loss"] is None
+        assert line["loss"] == pytest.approx(line["hard_ce"], rel=1e-6)
+
+
+def test_distilling_brings_the_student_to_its_teacher_without_labels(taught, options, tree, tmp_path):
+    flat = tmp_path / "unlabelled"
+    (flat / "train").mkdir(parents=True)
+    for path in (tree / "train").glob("*/*.jpg"):
+        (flat / "train" / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    shutil.copytree(tree / "val", flat / "val")
+    options |= {
+        "data": str(flat), "teachers": (f"test_resnet@{taught[0]['run_dir']}/student.safetensors",),
+        "epochs": 20, "lr_decay_epochs": (15,), "log_every": 30, "eval_every": 0,
+    }  # fmt: skip
+    summary = train(make_recipe(**options))
+    assert summary["start"]["kl"] > 0.1
+    assert summary["final"]["kl"] < 0.5 * summary["start"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "student", "expected"),
+    [
+        (True, True, "test_efficientnet", "bfloat16"),
+        (False, True, "test_efficientnet", "float32"),  # depthwise convolutions, which are slower in bf16 there
+        (False, True, "test_resnet", "bfloat16"),
+        (False, False, "test_resnet", "float32"),
+    ],
+)
+def test_auto_is_bf16_on_cpus_where_it_is_faster(
+    fields, weights, tmp_path, monkeypatch, amx, avx512, student, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    changes = {"amp": "auto", "student": f"{student}@{weights(student, 1)}", "run_dir": str(tmp_path)}
+    runtime = runtimes.start("cpu", "auto")
+    assert runtime.precision == ("bfloat16" if avx512 else "float32")
+    run = Run(make_recipe(**{**fields, **changes}), runtime, RunDirectory(tmp_path))
+    assert run.parts.trainee.precision == expected
+    logits = run.parts.trainee.logits(next(iter(run.loader(0, 1))).images)
+    assert str(logits.dtype) == f"torch.{expected}"
+
+
+@pytest.mark.parametrize("size", [26, 1000])
+def test_more_images_a_batch_than_there_are_is_refused(options, size):
+    with pytest.raises(UsageError, match=f"--batch-size {size}: .* holds only 25 images"):
+        make_run(options, batch_size=size)
+
+
+def test_an_accumulation_that_does_not_divide_is_refused(options):
+    with pytest.raises(UsageError, match="--batch-size 8: must be a multiple of processes x --accumulate = 1 x 3"):
+        make_run(options, accumulate=3)
+
+
+def test_frozen_parameters_stay_and_do_not_break_the_step(options):
+    run = make_run(options)
+    first = next(iter(run.parts.student.model.parameters()))
+    first.requires_grad_(False)
+    before = first.clone()
+    run.train_step(batch_of(run, 1), 0)
+    assert torch.equal(first, before)
+    assert np.isfinite(run.train_step.meter.numpy()).all()
+
+
+@pytest.mark.parametrize("room", [2 << 30, 0], ids=["kept", "no room"])
+def test_teachers_run_in_the_first_evaluation_only(options, monkeypatch, room):
+    monkeypatch.setattr(validation, "_ROOM", room)
+    run = make_run(options)
+    teachers, calls = run.parts.teachers, []
+
+    class Counting:
+        def __call__(self, images):
+            calls.append(len(images))
+            return teachers(images)
+
+    run.parts.teachers = Counting()
+    first = run.validate()
+    batches = len(calls)
+    assert sum(calls) == 11
+    run.train_step(batch_of(run, 1), 0)
+    calls.clear()
+    second = run.validate()
+    assert len(calls) == (0 if room else batches)
+    fresh = validation.Validation(run.recipe, run.runtime, run.parts, run.data)()
+    assert second == fresh, "what was kept is what the teachers say"
+    assert second.kl != first.kl, "the student has moved"
+    assert second.models[1:] == first.models[1:]
