@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from .files import replacing
 
 NAME = ".mealfast-index.npz"
 VERSION = 2
@@ -97,11 +98,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 def save(stored: Stored, path: Path) -> bool:
     """Write the index in one piece (a reader sees the old or the new one); False where the place is not writable."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mealfast-", suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 version=np.array([VERSION], np.int64),
@@ -109,14 +108,9 @@ def save(stored: Stored, path: Path) -> bool:
                 reasons=_text([reason.encode() for reason in stored.reasons]),
                 **{name: np.asarray(getattr(stored, name), dtype) for name, dtype in _COLUMNS.items()},
             )
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
         return True
     except OSError:
         return False
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _text(parts: list[bytes]) -> np.ndarray:

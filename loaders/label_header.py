@@ -9,9 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .batch import DataError
+from .files import replacing
 from .views import ViewPlan
 
 HEADER = "header.json"
@@ -154,18 +153,8 @@ def read_header(folder: Path) -> CacheHeader:
 
 def write_header(folder: Path, header: CacheHeader) -> None:
     """Puts the header in place in one piece, synced to disk. Raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{HEADER}.", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(header.to_json(), file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / HEADER)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with replacing(folder / HEADER) as temporary:
+        temporary.write_text(json.dumps(header.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str, Any, Any]]:

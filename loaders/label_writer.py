@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .batch import DataError
+from .files import words
 from .label_cache import bad_rows, means
 from .label_header import HEADER, CacheHeader, CompleteView, differences, read_header, view_name, write_header
 from .label_journal import Journals
@@ -200,8 +201,8 @@ def _stored(folder: Path, header: CacheHeader, option: str) -> CacheHeader:
         if option != "--out" and what in ("batch_size", "rows_per_part"):
             continue
         raise DataError(
-            f"{option} {folder}: holds a label cache with other targets: {_option(what, option)} ({what} {_words(old)} "
-            f"there, {_words(new)} here); use the same options or another folder"
+            f"{option} {folder}: holds a label cache with other targets: {_option(what, option)} ({what} {words(old)} "
+            f"there, {words(new)} here); use the same options or another folder"
         )
     if stored.complete and stored.complete[-1].view >= header.views:
         raise DataError(
@@ -288,7 +289,3 @@ def clear_errors(folder: Path, option: str = "--out") -> Iterator[None]:
             f"{option} {error.filename or folder}: {error.strerror or error}; what is complete is kept: mend that and "
             "run the same command again"
         ) from None
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

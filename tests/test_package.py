@@ -16,7 +16,8 @@ TAKEN = {"datasets", "evaluate", "trainer", "config", "schedule", "distributed"}
 
 
 def modules(folder: str) -> set[str]:
-    return {path.name for path in (ROOT / folder).glob("*.py")}
+    """Every file of a folder, those of its rooms too, relative to it."""
+    return {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
     assert {name.partition("/")[0] for name in names} == {"mealfast"}
     wanted = {f"{place}/{name}" for place, folder in FOLDERS.items() for name in modules(folder)}
     assert {name for name in names if name.endswith(".py")} == wanted
+    assert "mealfast/py.typed" in names
 
 
 def test_the_installed_program_runs_outside_the_checkout(wheel, tmp_path):
@@ -97,8 +99,14 @@ def test_not_installed_is_one_line(tmp_path):
 
 
 def test_no_module_hides_another():
-    """`torchrun mealfast/train.py` puts mealfast/ first on the path: there, every file is a top-level module."""
-    names = {Path(name).stem for name in modules("mealfast")} - {"__init__", "__main__"}
+    """`torchrun mealfast/train.py` puts mealfast/ first on the path: there, every file and room is a top-level module.
+
+    Files within a room are held to the same: someone may start one of them by its path.
+    """
+    names = {part for name in modules("mealfast") for part in Path(name).with_suffix("").parts} - {
+        "__init__",
+        "__main__",
+    }
     assert not names & set(sys.stdlib_module_names)
     assert not names & TAKEN
     installed = set(importlib.metadata.packages_distributions())

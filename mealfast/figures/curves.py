@@ -9,7 +9,7 @@ from typing import Any
 
 from mealfast.cli.options import Parser
 from mealfast.errors import UsageError
-from mealfast.record.checkpoint import replacing
+from mealfast.machine.files import replacing
 
 
 def make_parser() -> Parser:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mealfast.errors import UsageError
 from mealfast.loaders import ImageIndex, LabelCache, ViewPlan, plan_fields
+from mealfast.machine.files import words
 from mealfast.models import normalised as models
 from mealfast.models.spec import parse
 from mealfast.recipe import Recipe
@@ -46,7 +46,7 @@ def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageInd
         if cached != value:
             option = "--" + _PLAN_OPTIONS.get(name, name).replace("_", "-")
             raise UsageError(
-                f"{what}: was made with {option} {_words(cached)}, not {_words(value)}: use {option} {_words(cached)}, "
+                f"{what}: was made with {option} {words(cached)}, not {words(value)}: use {option} {words(cached)}, "
                 "or another cache"
             )
     if header.classes != classes:
@@ -71,7 +71,3 @@ def _check_teachers(cache: LabelCache, recipe: Recipe) -> None:
             raise UsageError(
                 f"{what}: is of teacher {teacher['spec']}, not {spec}: leave --teachers out, or build anew"
             )
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 
-from mealfast.record.checkpoint import write_json
+from mealfast.machine.files import write_json
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -96,7 +96,7 @@ def load(model: nn.Module, state: dict[str, torch.Tensor], spec: ModelSpec) -> N
 
 def save(model: nn.Module, path: Path) -> None:
     """A model's weights under timm's keys in a safetensors file, atomically."""
-    from mealfast.record.checkpoint import replacing
+    from mealfast.machine.files import replacing
 
     state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
     with replacing(path) as temporary:

@@ -8,48 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import replacing, sync_folder
 from mealfast.models import weights
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 FORMAT = "mealfast-checkpoint-1"
 _BLOCK = 1 << 22  # bytes read or written at a time
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, synced to disk, if the block succeeds; else it goes."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp's 0600 would keep a group's members from each other's checkpoints
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """An indented JSON file, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def encode(step: int, state: dict[str, Any]) -> memoryview:
@@ -87,7 +63,7 @@ def write(
         if best:  # before the checkpoint that says so: a run killed between the two evaluates and marks again
             mark_best(temporary, folder)
         temporary.replace(path)
-    _sync_folder(folder)
+    sync_folder(folder)
     later = [other for other in candidates(folder) if step_of(other) > step]
     for old in [*later, *candidates(folder)[len(later) + keep :]]:
         old.unlink(missing_ok=True)
@@ -173,13 +149,3 @@ def _digest(path: Path) -> str:
         while block := file.read(_BLOCK):
             sha.update(block)
     return sha.hexdigest()[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; not every file system lets a folder be opened or synced.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mealfast.machine.files import replacing
 from mealfast.record import checkpoint
 
 
@@ -72,7 +73,7 @@ class CheckpointWriter:
         self._before()
         try:
             if self._owed_best is not None and not best:  # first: the checkpoint will say that it is there
-                with checkpoint.replacing(self._folder / "best.pt") as temporary:
+                with replacing(self._folder / "best.pt") as temporary:
                     temporary.write_bytes(checkpoint.encode(*self._owed_best))
                 self._owed_best = None
             checkpoint.write(self._folder, step, content, self._keep, best=best, abandoned=lambda: self._abandoned)

@@ -18,7 +18,7 @@ from torch import nn
 
 from mealfast.errors import RunError
 from mealfast.machine.append_log import AppendLog
-from mealfast.record.checkpoint import replacing
+from mealfast.machine.files import replacing
 from mealfast.record.event_file import Board
 
 PERCENTILES = (10, 25, 50, 75, 90)  # of the paper's Fig. 8

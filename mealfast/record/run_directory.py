@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import words, write_json
 from mealfast.recipe import RESUMABLE_FIELDS, Recipe
 from mealfast.record import checkpoint
 from mealfast.record.metrics import Telemetry
@@ -46,7 +47,7 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.checkpoints):
                 checkpoint.remove_leftovers(folder)
-            checkpoint.write_json(self.config, config)
+            write_json(self.config, config)
         except OSError as error:
             raise UsageError(f"--run-dir {self.path}: cannot be written ({error.strerror})") from error
 
@@ -68,10 +69,6 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
         if name not in stored or stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{what} with {flag} {_words(stored.get(name))}, not {_words(value)}: "
+                f"{what} with {flag} {words(stored.get(name))}, not {words(value)}: "
                 "use the same options or another --run-dir"
             )
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

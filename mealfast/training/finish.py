@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mealfast.errors import RunError
+from mealfast.machine.files import write_json
 from mealfast.models import weights
 from mealfast.record import checkpoint
 from mealfast.record.clock import Clock
@@ -56,7 +57,7 @@ def finish(run: Run, loader: Any) -> dict[str, Any]:
         stored = run_report.stored_summary(run.directory.summary)
         if rate is None and stored.get("steps") == run.step:  # nothing was left to do: the run's own figures stay
             summary = stored
-        problems += _refused(run.directory.summary, partial(checkpoint.write_json, content=summary))
+        problems += _refused(run.directory.summary, partial(write_json, content=summary))
     if problems:
         raise RunError(
             f"{'; '.join(problems)}: make room, or mend the permissions, and run the same command again; "

@@ -15,6 +15,7 @@ from mealfast.labels.fit import check_fit
 from mealfast.labels.write_through import WriteThrough, write_plan
 from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
 from mealfast.machine import processes as runtimes
+from mealfast.machine.files import write_json
 from mealfast.machine.processes import Runtime
 from mealfast.measure import forecast
 from mealfast.method import data as splits
@@ -382,7 +383,7 @@ class Run:
         path = self.directory.path / "bad_batch.json"
         if self.runtime.is_main:
             with suppress(OSError):
-                checkpoint.write_json(path, {"step": self.step - 1, "lr": lr, **found})
+                write_json(path, {"step": self.step - 1, "lr": lr, **found})
         raise RunError(
             f"{self.recipe.max_bad_steps} steps in a row had a non-finite loss or gradient and were skipped; at step "
             f"{self.step - 1} (lr {lr:g}) {bad_batch.words(found)}; all of it is in {path}; the weights before these "

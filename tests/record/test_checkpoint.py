@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import replacing, write_json
 from mealfast.models.normalised import build
 from mealfast.models.spec import parse
 from mealfast.models.weights import read
@@ -122,17 +123,17 @@ def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "f.json"
-    checkpoint.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def write_and_fail():
-        with checkpoint.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         write_and_fail()
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644
