@@ -5,8 +5,12 @@
     for batch in train_loader("dali", index, plan, batch_size=512, stop_step=10_000, device="cuda"):
         batch.images  # uint8 [512, 224, 224, 3]
 
-`index` knows the files, `views` decides what is cut out of them, `steps` deals that to ranks, and `pillow` or `dali`
-decodes it.
+`index` knows the files (`walk` lists them, `probe` looks into them, `index_store` keeps what was found), `views`
+decides what is cut out of them, `steps` deals that to ranks, `prefetch` has batches made ahead, and `pillow` or `dali`
+decodes them. `packed` reads and `packing` writes trees in few files; `label_*` and `explicit_views` are label caches.
+
+Files that had other names: `broken_files` was `faults`, `pillow_render` was `render`, `prefetch` was `stream`; the
+class `steps.BatchViews` was `Views`. `replay` is gone.
 """
 
 from .batch import Batch, DataError, Loader
@@ -18,7 +22,7 @@ from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields, re
 from .label_spool import LabelSpool, gather_spools
 from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
-from .replay import ReplayLoader
+from .prefetch import LoaderStopped, LoaderTimeoutError, PrefetchLoader, threads_are_blocked
 from .views import EvalViews, ViewPlan
 
 __all__ = [
@@ -33,7 +37,9 @@ __all__ = [
     "LabelSpool",
     "LabelWriter",
     "Loader",
-    "ReplayLoader",
+    "LoaderStopped",
+    "LoaderTimeoutError",
+    "PrefetchLoader",
     "ViewPlan",
     "claim_label_cache",
     "eval_loader",
@@ -44,5 +50,6 @@ __all__ = [
     "pack",
     "plan_fields",
     "read_header",
+    "threads_are_blocked",
     "train_loader",
 ]

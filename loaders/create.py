@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +13,8 @@ from .cores import core_share
 from .index import ImageIndex
 from .label_cache import LabelCache
 from .pillow import PillowLoader
-from .steps import EvalSteps, LabelSteps, TrainSteps
-from .stream import StreamLoader
+from .prefetch import TIMEOUT, LoaderOptions, PrefetchLoader
+from .steps import EvalSteps, LabelSteps, Steps, TrainSteps
 from .views import EvalViews, ViewPlan
 
 if TYPE_CHECKING:  # importing it takes DALI
@@ -40,7 +40,9 @@ def train_loader(
     decoding: GpuDecoding | None = None,
     label_cache: LabelCache | None = None,
     live_epochs: range = range(0),
-) -> StreamLoader:
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] | None = None,
+) -> PrefetchLoader:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
@@ -48,6 +50,9 @@ def train_loader(
     `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready; `decoding` tunes
     DALI on a GPU. With `label_cache` every batch brings its targets, but in `live_epochs` and while its view is not
     complete. Raises DataError for options that do not fit.
+
+    Of all three kinds of loader: `next` raises LoaderTimeoutError where no image comes for `timeout` seconds, and
+    LoaderStopped where `stopping()`, asked five times a second of waiting in the thread that waits, is true.
     """
     steps = TrainSteps(
         index,
@@ -60,7 +65,7 @@ def train_loader(
         label_cache=label_cache,
         live_epochs=live_epochs,
     )
-    return _loader(backend, index, steps, device, threads, prefetch, decoding)
+    return _loader(backend, index, steps, device, threads, prefetch, timeout, stopping, decoding)
 
 
 def label_loader(
@@ -72,15 +77,16 @@ def label_loader(
     batch_size: int,
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    prefetch: int | None = None,
-) -> StreamLoader:
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] | None = None,
+) -> PrefetchLoader:
     """A Loader of the batches (view, first row) of a plan, images in the index's order, as a label cache is made.
 
     Each holds `batch_size` images, the last of a view fewer; (view, rows int64 [B]) stands for just these. A broken
     file raises DataError: its target would be that of another image.
     """
     steps = LabelSteps(index, plan, batches, batch_size=batch_size)
-    return _loader(backend, index, steps, device, threads, prefetch, None)
+    return _loader(backend, index, steps, device, threads, None, timeout, stopping)
 
 
 def eval_loader(
@@ -93,27 +99,40 @@ def eval_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    prefetch: int | None = None,
-    decoding: GpuDecoding | None = None,
-) -> StreamLoader:
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] | None = None,
+) -> PrefetchLoader:
     """A Loader of every image once over all ranks, in the index's order; `batch_size` is each rank's, the last smaller.
 
     A rank for which no image is left yields nothing. A broken file raises DataError: it cannot be replaced honestly.
     """
     steps = EvalSteps(index, views, batch_size=batch_size, rank=rank, world_size=world_size)
-    return _loader(backend, index, steps, device, threads, prefetch, decoding)
+    return _loader(backend, index, steps, device, threads, None, timeout, stopping)
 
 
-def _loader(backend, index, steps, device, threads, prefetch, decoding) -> StreamLoader:
+def _loader(
+    backend: str,
+    index: ImageIndex,
+    steps: Steps,
+    device: torch.device | str,
+    threads: int | None,
+    prefetch: int | None,
+    timeout: float,
+    stopping: Callable[[], bool] | None,
+    decoding: GpuDecoding | None = None,
+) -> PrefetchLoader:
     threads = core_share() if threads is None else threads
     prefetch = PREFETCH if prefetch is None else prefetch
     if threads < 1 or prefetch < 1:
         raise DataError(f"loader threads {threads} and prefetch {prefetch}: both must be at least 1")
+    if not timeout > 0:
+        raise DataError(f"--loader-timeout {timeout:g}: must be more than 0 seconds")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    options = LoaderOptions(device, threads, prefetch, timeout, stopping)
     if backend == "pillow":
-        return PillowLoader(index, steps, device, threads, prefetch)
+        return PillowLoader(index, steps, options)
     if backend == "dali":
         try:
             from .dali import DaliLoader
@@ -122,5 +141,5 @@ def _loader(backend, index, steps, device, threads, prefetch, decoding) -> Strea
                 f"--loader dali: NVIDIA DALI cannot be imported ({error}); pip install nvidia-dali-cuda120, "
                 "or use --loader pillow"
             ) from None
-        return DaliLoader(index, steps, device, threads, prefetch, decoding)
+        return DaliLoader(index, steps, options, decoding)
     raise DataError(f"--loader {backend}: must be {' or '.join(BACKENDS)}")

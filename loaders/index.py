@@ -5,21 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from . import index_store, packed
 from .batch import DataError
 from .cores import core_share
+from .files import printable
 from .index_store import Stored
+from .open_files import open_regular
 from .packed import PackedFiles
-from .probe import DECODED, PLAIN, printable
-from .probe_pool import CRASHED, probe_all
+from .probe import DECODED, PLAIN
+from .probe_pool import CRASHED, Found, probe_all
 from .walk import Listing, list_images
+
+log = logging.getLogger("mealfast.loaders")
+
+_LONGEST_REASON = 1000  # characters of what a stored index says of a file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,13 +78,13 @@ class ImageIndex:
             raise DataError(f"{root}: packing was interrupted; pack the images again")
         listing = list_images(root)
         places = index_store.store_paths(root, None if cache_dir is None else Path(cache_dir))
-        found = [stored for place in places if (stored := index_store.load(place)) is not None]
+        found = [one for place in places if (one := index_store.load(place)) is not None]
         # More than one where the first place is read-only: the newer knows more of the files.
-        old = max(found, key=lambda stored: len(_matches(listing, stored)[0]), default=None)
-        stored, changed = _probe_new(root, listing, old, decode, workers or core_share(), progress)
-        if changed and not any(index_store.save(stored, place) for place in places) and cache_dir is not None:
+        old = max(found, key=lambda one: len(_matches(listing, one)[0]), default=None)
+        new, changed = _probe_new(root, listing, old, decode, workers or core_share(), progress)
+        if changed and not any(index_store.save(new, place) for place in places) and cache_dir is not None:
             raise DataError(f"{cache_dir}: the image index cannot be written there; give a folder that is writable")
-        return _build(root, stored, classes)
+        return _build(root, new, classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,22 +107,34 @@ class ImageIndex:
         return self._packed is not None
 
     def encoded(self, i: int) -> np.ndarray:
-        """Image `i` of a pack as stored, uint8 [L]: a view of the file's memory map."""
+        """Image `i` of a pack as stored, uint8 [L]. Raises OSError where it cannot be read any more."""
+        if self._packed is None:
+            raise TypeError(f"{self.root}: is no pack")
         return self._packed.encoded(i, int(self.file_sizes[i]))
 
-    def source(self, i: int) -> bytes | io.BytesIO:
-        """What Pillow opens for image `i`: its path, or its bytes where it is packed."""
-        return io.BytesIO(self.encoded(i)) if self.packed else self.path_bytes(i)
+    def open(self, i: int) -> BinaryIO:
+        """The file of image `i`, or its bytes where it is packed. Raises OSError, of a pipe too: none waits for ever.
+
+        Pillow is given this and never a path: of uncompressed formats it would make a memory map, and a file that
+        shrinks would end the process.
+        """
+        return io.BytesIO(self.encoded(i).tobytes()) if self.packed else open_regular(self.path_bytes(i))
+
+    def file_of(self, i: int) -> bytes:
+        """The path of the file that is read for image `i`: its own, or the shard that it is packed in."""
+        if self._packed is None:
+            return self.path_bytes(i)
+        return os.fsencode(os.path.abspath(self._packed.path(int(self._packed.shards[i]))))
 
     def display_path(self, i: int) -> str:
         """Path of image `i` below the root, safe to print whatever its bytes."""
-        return _printable(self._name(i))
+        return _printable_path(self._name(i))
 
     def relabel(self, name_to_label: Mapping[str, int]) -> ImageIndex:
         """The same images with the label of each class taken from `name_to_label`; unlabelled ones stay so."""
         missing = [name for name in self.classes if name not in name_to_label]
         if missing:
-            raise DataError(f"{self.root}: no label is known for class '{missing[0]}'")
+            raise DataError(f"{self.root}: no label is known for class '{printable(missing[0])}'")
         table = np.array([name_to_label[name] for name in self.classes] + [-1], np.int64)
         by_label = sorted(name_to_label, key=name_to_label.__getitem__)
         return dataclasses.replace(self, classes=tuple(by_label), labels=table[self.labels])
@@ -159,13 +180,15 @@ def _probe_new(
             if old.reasons[old_row]:
                 refused[row] = reasons[row] = old.reasons[old_row]
         widths[rows], heights[rows], bits[rows] = old.widths[old_rows], old.heights[old_rows], old.bits[old_rows]
-        # A file that was refused is tried again: its disk or its permissions may have been mended.
-        known[rows] = [row not in refused or refused[row] == CRASHED for row in rows.tolist()]
+        # A file that was refused is tried again: its disk, its permissions or the image library may have been mended.
+        known[rows] = [row not in refused for row in rows.tolist()]
         if decode:
-            known &= (bits & DECODED).astype(bool) | [bool(reason) for reason in reasons]
+            known &= (bits & DECODED).astype(bool)
     unknown = np.flatnonzero(~known).tolist()
     top = os.path.join(os.fsencode(os.path.abspath(root)), b"")
-    for row, found in zip(unknown, _probe(top, listing, unknown, decode, workers, progress), strict=True):
+    paths = [top + listing.paths[row] for row in unknown]
+    isolated = any(refused.get(row) == CRASHED for row in unknown)
+    for row, found in zip(unknown, _probe(root, paths, decode, workers, isolated, progress), strict=True):
         if isinstance(found, str):
             reasons[row] = found
         else:
@@ -189,19 +212,22 @@ def _matches(listing: Listing, old: Stored) -> tuple[np.ndarray, np.ndarray]:
     return rows[same], old_rows[same]
 
 
-def _probe(top: bytes, listing: Listing, rows: list[int], decode: bool, workers: int, progress: bool) -> list:
-    paths = [top + listing.paths[row] for row in rows]
-    if not progress or not rows:
-        return probe_all(paths, decode=decode, workers=workers)
+def _probe(root: Path, paths: list[bytes], decode: bool, workers: int, isolated: bool, progress: bool) -> list[Found]:
+    if not progress or not paths:
+        return probe_all(paths, decode=decode, workers=workers, isolated=isolated)
     from tqdm import tqdm
 
-    with tqdm(total=len(paths), desc=f"indexing {os.fsdecode(top)}", unit=" images", mininterval=0.5) as bar:
-        return probe_all(paths, decode=decode, workers=workers, done=bar.update)
+    with tqdm(total=len(paths), desc=f"indexing {root.absolute()}", unit=" images", mininterval=0.5) as bar:
+        return probe_all(paths, decode=decode, workers=workers, isolated=isolated, done=bar.update)
 
 
 def _build(root: Path, stored: Stored, classes: Sequence[str] | None, files: PackedFiles | None = None) -> ImageIndex:
     usable = [row for row, reason in enumerate(stored.reasons) if not reason]
-    quarantined = [(_printable(stored.paths[row]), reason) for row, reason in enumerate(stored.reasons) if reason]
+    quarantined = [
+        (_printable_path(stored.paths[row]), printable(reason[:_LONGEST_REASON]))
+        for row, reason in enumerate(stored.reasons)
+        if reason
+    ]
     if not usable:
         why = f"; {len(quarantined)} cannot be opened, e.g. {': '.join(quarantined[0])}" if quarantined else ""
         raise DataError(f"{root}: holds no usable image{why}; give a folder that holds one folder of images a class")
@@ -210,15 +236,15 @@ def _build(root: Path, stored: Stored, classes: Sequence[str] | None, files: Pac
     present = sorted({folder for folder in folders if folder is not None})
     if classes is None:
         classes = [os.fsdecode(folder) for folder in present]
-    label = {os.fsencode(name): i for i, name in enumerate(classes)}
+    label: dict[bytes | None, int] = {os.fsencode(name): i for i, name in enumerate(classes)}
     unknown = [folder for folder in present if folder not in label]
     if unknown:
         raise DataError(
-            f"{root}: class '{_printable(unknown[0])}' is not among the {len(label)} classes of the training data; "
-            "remove that folder or train on a tree that has it"
+            f"{root}: class '{_printable_path(unknown[0])}' is not among the {len(label)} classes of the training "
+            "data; remove that folder or train on a tree that has it"
         )
     label[None] = -1
-    return ImageIndex(
+    index = ImageIndex(
         root=root,
         classes=tuple(classes),
         labels=np.array([label[folder] for folder in folders], np.int64),
@@ -231,7 +257,24 @@ def _build(root: Path, stored: Stored, classes: Sequence[str] | None, files: Pac
         _ends=np.cumsum([len(name) for name in names], dtype=np.int64),
         _packed=None if files is None else files.select(usable),
     )
+    _warn_of_large(index)
+    return index
 
 
-def _printable(path: bytes) -> str:
+def _printable_path(path: bytes) -> str:
     return printable(path.decode("utf-8", "backslashreplace"))
+
+
+def _warn_of_large(index: ImageIndex) -> None:
+    """One line instead of two of Pillow's for each place that opens them, of the job's first process only."""
+    if Image.MAX_IMAGE_PIXELS is None or int(os.environ.get("RANK") or 0) > 0:
+        return
+    large = np.flatnonzero(index.widths.astype(np.int64) * index.heights > Image.MAX_IMAGE_PIXELS)
+    if len(large):
+        i = int(large[0])
+        log.warning(
+            "%s: %d images have more than %d million pixels, e.g. %s (%d x %d); each view decodes all of them: "
+            "`mealfast pack --shorter-side` makes them smaller",
+            index.root, len(large), Image.MAX_IMAGE_PIXELS // 1_000_000, index.display_path(i), index.widths[i],
+            index.heights[i],
+        )  # fmt: skip

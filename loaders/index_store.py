@@ -7,6 +7,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def _load(path: Path) -> Stored | None:
         return None
     paths = arrays["paths"].tobytes().split(b"\0")[:-1]
     reasons = arrays["reasons"].tobytes().decode().split("\0")[:-1]
-    if any(len(column) != len(paths) for column in (reasons, *(arrays[name] for name in _COLUMNS))):
+    if {len(reasons), *(len(arrays[name]) for name in _COLUMNS)} != {len(paths)}:
         return None
     usable = np.array([not reason for reason in reasons], bool)
     if min(arrays["widths"][usable].min(initial=1), arrays["heights"][usable].min(initial=1)) < 1:
@@ -99,6 +100,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 def save(stored: Stored, path: Path) -> bool:
     """Write the index in one piece (a reader sees the old or the new one); False where the place is not writable."""
     try:
+        columns: dict[str, Any] = {name: np.asarray(getattr(stored, name), dtype) for name, dtype in _COLUMNS.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
@@ -106,7 +108,7 @@ def save(stored: Stored, path: Path) -> bool:
                 version=np.array([VERSION], np.int64),
                 paths=_text(stored.paths),
                 reasons=_text([reason.encode() for reason in stored.reasons]),
-                **{name: np.asarray(getattr(stored, name), dtype) for name, dtype in _COLUMNS.items()},
+                **columns,
             )
         return True
     except OSError:

@@ -8,9 +8,11 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -18,10 +20,11 @@ from PIL import Image
 from . import index_store
 from .batch import DataError
 from .cores import core_share
+from .files import printable, replacing
 from .index import ImageIndex
 from .index_store import Stored
 from .packed import INDEX, UNFINISHED, shard_name
-from .probe import PLAIN, open_image
+from .probe import PLAIN, open_image, reason
 
 
 def pack(
@@ -56,7 +59,7 @@ def pack(
             raise DataError(f"{folder / INDEX}: cannot be written")
         (folder / UNFINISHED).unlink()
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror or error}") from None
+        raise DataError(f"{printable(str(error.filename or folder))}: {error.strerror or error}") from None
 
 
 def _claim(folder: Path) -> None:
@@ -65,7 +68,8 @@ def _claim(folder: Path) -> None:
     if any(folder.iterdir()) and not (folder / UNFINISHED).exists():
         raise DataError(f"{folder}: is not empty; give a new folder to pack into")
     (folder / UNFINISHED).touch()
-    for path in [*folder.glob("shard-*.tar*"), *folder.glob("shard-*.idx"), folder / INDEX]:
+    names = ("shard-*.tar*", "shard-*.idx", INDEX, ".*.tmp")  # the last are what a killed process had begun
+    for path in [path for name in names for path in folder.glob(name)]:
         path.unlink(missing_ok=True)
 
 
@@ -98,48 +102,51 @@ def _encoded_images(index: ImageIndex, shorter_side: int | None, quality: int, w
 def _encode(index: ImageIndex, i: int, shorter_side: int | None, quality: int) -> _Encoded:
     width, height = int(index.widths[i]), int(index.heights[i])
     try:
-        source = index.source(i)
-        if shorter_side is not None and min(width, height) > shorter_side:
-            return _reencode(source, shorter_side, quality)
-        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(source)).read_bytes()
+        with index.open(i) as file:
+            if shorter_side is not None and min(width, height) > shorter_side:
+                return _reencode(file, shorter_side, quality)
+            data = file.read()
     except Exception as error:  # hostile files raise anything
-        raise DataError(f"{index.root}/{index.display_path(i)}: {error}; mend or remove the file") from None
+        why = printable(reason(error))
+        raise DataError(f"{index.root}/{index.display_path(i)}: {why}; mend or remove the file") from None
     if len(data) != index.file_sizes[i]:
         raise DataError(f"{index.root}/{index.display_path(i)}: changed since it was indexed; start again")
     return _Encoded(data, width, height, bool(index.plain[i]), None)
 
 
-def _reencode(source: bytes | io.BytesIO, shorter_side: int, quality: int) -> _Encoded:
-    with open_image(source) as image:
+def _reencode(file: BinaryIO, shorter_side: int, quality: int) -> _Encoded:
+    with open_image(file) as image:
         shrink = shorter_side / min(image.size)
-        size = tuple(max(shorter_side, round(side * shrink)) for side in image.size)
+        width, height = (max(shorter_side, round(side * shrink)) for side in image.size)
         image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=quality)
-    return _Encoded(jpeg.getvalue(), *size, True, ".jpg")
+    return _Encoded(jpeg.getvalue(), width, height, True, ".jpg")
 
 
 def _write_shards(index: ImageIndex, folder: Path, images: Iterator[_Encoded], shard_bytes: int) -> Stored:
-    names, places, sizes = [], [], []
+    names: list[bytes] = []
+    places: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int, int, int]] = []
     stems: set[str] = set()
-    shard = None
-    for i, image in enumerate(images):
-        if shard is None or shard.size >= shard_bytes:
-            if shard is not None:
-                shard.finish()
-            shard = _Shard(folder, 0 if shard is None else shard.number + 1)
-        stem, extension = os.path.splitext(index.relative_path(i))
-        # A sample of WebDataset is the files of one stem: a.jpg beside a.png must not become one.
-        while stem in stems:
-            stem += "_"
-        stems.add(stem)
-        extension = image.extension or extension
-        names.append(os.fsencode(stem + extension))
-        places.append((shard.number, shard.add(stem, extension, image.data, int(index.labels[i]))))
-        sizes.append((len(image.data), image.width, image.height, PLAIN if image.plain else 0))
-    if shard is not None:
-        shard.finish()
+    rows = enumerate(images)
+    number, next_row = 0, next(rows, None)
+    while next_row is not None:
+        with _new_shard(folder / shard_name(number)) as shard:
+            while next_row is not None and shard.size < shard_bytes:
+                i, image = next_row
+                stem, extension = os.path.splitext(index.relative_path(i))
+                # A sample of WebDataset is the files of one stem: a.jpg beside a.png must not become one.
+                while stem in stems:
+                    stem += "_"
+                stems.add(stem)
+                extension = image.extension or extension
+                names.append(os.fsencode(stem + extension))
+                places.append((number, shard.add(stem, extension, image.data, int(index.labels[i]))))
+                sizes.append((len(image.data), image.width, image.height, PLAIN if image.plain else 0))
+                next_row = next(rows, None)
+        number += 1
     bad = index.quarantined
     lengths, widths, heights, bits = np.array(sizes + [(0, 0, 0, 0)] * len(bad), np.int64).T
     shards, offsets = np.array(places + [(0, 0)] * len(bad), np.int64).T
@@ -156,24 +163,33 @@ def _write_shards(index: ImageIndex, folder: Path, images: Iterator[_Encoded], s
     )
 
 
-class _Shard:
-    """One tar file and its index for DALI's WebDataset reader; both get their names when they are complete."""
+@contextmanager
+def _new_shard(path: Path) -> Iterator[_Shard]:
+    """A tar file to add images to and its index for DALI's WebDataset reader; both get their names when complete."""
+    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        shard = _Shard(tar)
+        yield shard
+    with replacing(path.with_suffix(".idx")) as temporary:
+        temporary.write_text("\n".join([f"v1.1 {len(shard.lines)}", *shard.lines]) + "\n")
 
-    def __init__(self, folder: Path, number: int):
-        self.number = number
-        self._path = folder / shard_name(number)
-        self._tar = tarfile.open(f"{self._path}.tmp", "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by finish)
-        self._lines: list[str] = []
+
+class _Shard:
+    """A tar file that grows, and the lines of its index."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
+        self.lines: list[str] = []
 
     @property
     def size(self) -> int:
+        """Bytes so far."""
         return self._tar.offset
 
     def add(self, stem: str, extension: str, data: bytes, label: int) -> int:
         """Append an image and its label; returns where the image's bytes begin."""
         label_bytes = str(label).encode()
         at, label_at = self._add(stem + extension, data), self._add(f"{stem}.cls", label_bytes)
-        self._lines.append(f"{extension[1:].lower()} {at} {len(data)} cls {label_at} {len(label_bytes)}")
+        self.lines.append(f"{extension[1:].lower()} {at} {len(data)} cls {label_at} {len(label_bytes)}")
         return at
 
     def _add(self, name: str, data: bytes) -> int:
@@ -183,9 +199,3 @@ class _Shard:
         at = self._tar.offset + header
         self._tar.addfile(info, io.BytesIO(data))
         return at
-
-    def finish(self) -> None:
-        """Complete both files and give them their names."""
-        self._tar.close()
-        self._path.with_suffix(".idx").write_text("\n".join([f"v1.1 {len(self._lines)}", *self._lines]) + "\n")
-        os.replace(f"{self._path}.tmp", self._path)

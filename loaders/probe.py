@@ -12,8 +12,10 @@ import os
 import stat
 import sys
 import warnings
+from typing import BinaryIO
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 # What a probe found, as bits of one byte.
 PLAIN = 1  # DALI decodes it to the same pixels as Pillow, within the bounds of the tests
@@ -33,8 +35,8 @@ FORMATS = tuple(
 _TAIL = 4096  # bytes at the end of a JPEG in which its end marker is looked for, before whatever was appended
 
 
-def open_image(file) -> Image.Image:
-    """Pillow's image of a path (str, bytes) or binary file; raises OSError and others for what it cannot open."""
+def open_image(file: BinaryIO) -> Image.Image:
+    """Pillow's image of an open file; raises OSError and others for what Pillow cannot open."""
     return Image.open(file, formats=FORMATS)
 
 
@@ -77,9 +79,9 @@ def _probe(path: bytes, decode: bool) -> tuple[int, int, int] | str:
         return width, height, DECODED | (PLAIN if plain else 0)
 
 
-def _is_plain_jpeg(image: Image.Image, file) -> bool:
+def _is_plain_jpeg(image: Image.Image, file: BinaryIO) -> bool:
     """Whether every decoder agrees on the file: 8 bits, gray or YCbCr, Huffman-coded, one picture, no junk."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
     if image.info.get("adobe_transform") != (1 if "adobe" in image.info else None) or "mp" in image.info:
         return False
@@ -92,7 +94,7 @@ def _is_plain_jpeg(image: Image.Image, file) -> bool:
         file.seek(place)
 
 
-def _frame_marker(file) -> int | None:
+def _frame_marker(file: BinaryIO) -> int | None:
     """The JPEG marker that begins the frame (it tells the coding), or None where segments do not follow each other."""
     file.seek(0)
     if file.read(2) != b"\xff\xd8":
@@ -113,16 +115,11 @@ def _frame_marker(file) -> int | None:
 
 
 def reason(error: Exception) -> str:
-    """One line on why Pillow refuses a file."""
+    """Why Pillow refuses a file, in at most 200 characters: its own words, to be escaped before they are shown."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can identify"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return printable(" ".join(text.split())[:200]) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """`text` on one line: line breaks and control characters as backslash escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 from .batch import DataError
 from .index import ImageIndex
 from .label_cache import LabelCache
+from .threads import WorkerThreads
 from .views import EvalViews, ViewPlan
 
 
 @dataclass(frozen=True)
-class Views:
+class BatchViews:
     """The views of one batch. Each is cut from its image, resized, windowed to the loader's size, then flipped."""
 
     indices: np.ndarray  # int64 [B], rows of the ImageIndex
@@ -28,6 +29,13 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def row(self, row: int) -> BatchViews:
+        """A batch of this view only."""
+        one = slice(row, row + 1)
+        return BatchViews(
+            self.indices[one], self.boxes[one], self.resized[one], self.offsets[one], self.flips[one], self.epoch
+        )
 
 
 class TrainSteps:
@@ -48,7 +56,7 @@ class TrainSteps:
         world_size: int,
         label_cache: LabelCache | None = None,
         live_epochs: range = range(0),
-    ):
+    ) -> None:
         """`batch_size` is the global batch. Raises DataError where sizes and ranks do not fit."""
         check_rank(rank, world_size)
         if len(plan) != len(index):
@@ -69,21 +77,22 @@ class TrainSteps:
     def __len__(self) -> int:
         return self._stop - self._start
 
-    def views(self, k: int) -> Views:
+    def views(self, k: int) -> BatchViews:
         """The views of step start_step + k."""
         epoch, step = divmod(self._start + k, self._steps_per_epoch)
         order, boxes, flips = self._epochs.get(epoch)
         first = step * self._batch_size + self._rank * self.rows_per_batch
         indices = order[first : first + self.rows_per_batch]
-        return self._views(indices, boxes, flips, epoch)
+        return _planned(self.size, indices, boxes, flips, epoch)
 
-    def substitutes(self, views: Views, row: int):
+    def substitutes(self, views: BatchViews, row: int) -> Iterator[BatchViews]:
         """Other views, one at a time, to show instead of `views[row]`: the next images of the index, same epoch."""
         _, boxes, flips = self._epochs.get(views.epoch)
         for distance in range(1, len(boxes)):
-            yield self._views(np.array([(views.indices[row] + distance) % len(boxes)]), boxes, flips, views.epoch)
+            other = np.array([(views.indices[row] + distance) % len(boxes)])
+            yield _planned(self.size, other, boxes, flips, views.epoch)
 
-    def targets(self, views: Views, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def targets(self, views: BatchViews, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """The label cache's targets of the images `shown` int64 [B] in the epoch of `views`, those of stand-ins too.
 
         None where the teachers run: in the epochs that make the cache's views, and while a view is not complete.
@@ -93,10 +102,8 @@ class TrainSteps:
             return None
         return self._label_cache.targets(view, shown)
 
-    def _views(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
-        return _planned(self.size, indices, boxes, flips, epoch)
-
     def close(self) -> None:
+        """Ends the thread that plans epochs ahead."""
         self._epochs.close()
 
 
@@ -108,7 +115,7 @@ class LabelSteps:
 
     def __init__(
         self, index: ImageIndex, plan: ViewPlan, batches: Sequence[tuple[int, int | np.ndarray]], *, batch_size: int
-    ):
+    ) -> None:
         """`batches` lists (view, first row) of each, which then holds `batch_size` images, the last of a view fewer; or
         (view, rows int64 [B])."""
         if len(plan) != len(index):
@@ -123,26 +130,27 @@ class LabelSteps:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def views(self, k: int) -> Views:
+    def views(self, k: int) -> BatchViews:
         """The views of batch k."""
         view, first = self._batches[k]
         if self._latest is None or self._latest[0] != view:
             self._latest = (view, *self._plan.views(view))
         _, boxes, flips = self._latest
-        indices = first
-        if not isinstance(first, np.ndarray):
+        if isinstance(first, np.ndarray):
+            indices = first
+        else:
             indices = np.arange(first, min(first + self.rows_per_batch, len(self._plan)), dtype=np.int64)
         return _planned(self.size, indices, boxes, flips, view)
 
-    def substitutes(self, views: Views, row: int):
+    def substitutes(self, views: BatchViews, row: int) -> Iterable[BatchViews]:
         """None."""
         return ()
 
-    def targets(self, views: Views, shown: np.ndarray) -> None:
+    def targets(self, views: BatchViews, shown: np.ndarray) -> None:
         """None: they are what is being made."""
 
     def close(self) -> None:
-        pass
+        """Nothing to end."""
 
 
 class EvalSteps:
@@ -151,7 +159,7 @@ class EvalSteps:
     windowed = True
     replaceable = False  # an evaluation that leaves an image out is not one
 
-    def __init__(self, index: ImageIndex, views: EvalViews, *, batch_size: int, rank: int, world_size: int):
+    def __init__(self, index: ImageIndex, views: EvalViews, *, batch_size: int, rank: int, world_size: int) -> None:
         """`batch_size` is this rank's. Raises DataError where it or the rank is out of range."""
         check_rank(rank, world_size)
         if batch_size < 1:
@@ -165,38 +173,41 @@ class EvalSteps:
     def __len__(self) -> int:
         return -(-len(self._rows) // self.rows_per_batch)
 
-    def views(self, k: int) -> Views:
+    def views(self, k: int) -> BatchViews:
         """The views of batch k; the last one is smaller where the images do not divide."""
         indices = self._rows[k * self.rows_per_batch : (k + 1) * self.rows_per_batch]
         w, h = self._widths[indices], self._heights[indices]
         boxes = np.stack([np.zeros_like(w), np.zeros_like(w), w, h], axis=1)
-        return Views(indices, boxes, self._resized[indices], self._offsets[indices], np.zeros(len(indices), bool))
+        return BatchViews(indices, boxes, self._resized[indices], self._offsets[indices], np.zeros(len(indices), bool))
 
-    def substitutes(self, views: Views, row: int):
+    def substitutes(self, views: BatchViews, row: int) -> Iterable[BatchViews]:
         """None."""
         return ()
 
-    def targets(self, views: Views, shown: np.ndarray) -> None:
+    def targets(self, views: BatchViews, shown: np.ndarray) -> None:
         """None."""
 
     def close(self) -> None:
-        pass
+        """Nothing to end."""
 
 
 Steps = TrainSteps | LabelSteps | EvalSteps
 
 
+_Epoch = tuple[np.ndarray, np.ndarray, np.ndarray]  # order int64 [N], boxes int32 [N, 4], flips bool [N]
+
+
 class _PlannedEpochs:
     """Plans of the epochs in use; asking for one starts planning the next, so that no step waits for it."""
 
-    def __init__(self, plan: ViewPlan, last: int):
+    def __init__(self, plan: ViewPlan, last: int) -> None:
         self._plan, self._last = plan, last
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mealfast-plan")
-        self._plans: dict[int, Future] = {}
+        self._thread = WorkerThreads(1, "mealfast-plan")
+        self._plans: dict[int, Future[_Epoch]] = {}
 
-    def get(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(order int64 [N], boxes int32 [N, 4], flips bool [N]) of an epoch."""
+    def get(self, epoch: int) -> _Epoch:
+        """The plan of an epoch."""
         with self._lock:
             for number in (epoch, epoch + 1):
                 if number not in self._plans and number <= max(epoch, self._last):
@@ -207,17 +218,17 @@ class _PlannedEpochs:
             future = self._plans[epoch]
         return future.result()
 
-    def _make(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _make(self, epoch: int) -> _Epoch:
         return self._plan.order(epoch), *self._plan.views(self._plan.view_of_epoch(epoch))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.cancel()
 
 
-def _planned(size: int, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> Views:
+def _planned(size: int, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, epoch: int) -> BatchViews:
     """Rows `indices` of a planned view: `boxes` int32 [N, 4], `flips` bool [N]."""
     resized = np.full((len(indices), 2), size, np.int64)
-    return Views(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], epoch)
+    return BatchViews(indices, boxes[indices], resized, np.zeros_like(resized), flips[indices], epoch)
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -154,7 +154,7 @@ class EvalViews:
     resize: int
     interpolation: str = "bilinear"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_size(self.size)
         _check_interpolation(self.interpolation)
         if not 1 <= self.resize <= 16384:

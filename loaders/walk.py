@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .batch import DataError
+from .files import printable
 
 # By name, as every folder dataset does: what a file really holds is found out when it is probed.
 IMAGE_SUFFIXES = frozenset(
@@ -45,9 +46,10 @@ def list_images(root: Path) -> Listing:
     found, folders = _files_and_folders(top, b"")
     parents = (_identity(top),)
     while folders and (len(found) < 100 or time.perf_counter() - began < SLOW * len(found)):
-        found += _walk(*folders.pop(), parents)
+        folder, prefix = folders.pop()
+        found += _walk(folder, prefix, parents)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="mealfast-walk") as pool:
-        for more in pool.map(lambda folder: _walk(*folder, parents), folders):
+        for more in pool.map(lambda folder: _walk(folder[0], folder[1], parents), folders):
             found += more
     found.sort()
     return Listing(
@@ -57,7 +59,7 @@ def list_images(root: Path) -> Listing:
     )
 
 
-def _walk(folder: bytes, prefix: bytes, parents: tuple) -> list[tuple[bytes, int, int]]:
+def _walk(folder: bytes, prefix: bytes, parents: tuple[tuple[int, int], ...]) -> list[tuple[bytes, int, int]]:
     """(path, size, time) of every image below a folder."""
     identity = _identity(folder)
     if identity in parents:  # a link to a folder above: what it leads to is listed already
@@ -103,4 +105,4 @@ def _identity(folder: bytes) -> tuple[int, int]:
 
 
 def _unreadable(folder: bytes, error: OSError) -> DataError:
-    return DataError(f"{os.fsdecode(folder)}: cannot be read ({error.strerror})")
+    return DataError(f"{printable(folder.decode('utf-8', 'backslashreplace'))}: cannot be read ({error.strerror})")

@@ -249,7 +249,7 @@ def use(index: ImageIndex) -> str:
 
 def images(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
     """Of six formats, set aside by the scan or shown by both loaders, which replace what they cannot open."""
-    from mealfast.loaders import faults
+    from mealfast.loaders.broken_files import BrokenFiles
 
     originals = {}
     rng_pixels = np.random.default_rng(0)
@@ -267,7 +267,7 @@ def images(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
     (root / "a").mkdir(parents=True)
     for number in range(4):
         (root / "a" / f"whole-{number}.jpg").write_bytes(originals["jpg"])
-    faults.Faults.add = no_limit(faults.Faults.add)
+    BrokenFiles.add = no_limit(BrokenFiles.add)
     for backend in ("dali", "pillow"):
         show(ImageIndex.scan(root, workers=1), backend)
     yield ""

@@ -3,7 +3,6 @@
 import logging
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from mealfast.loaders import (
     DataError,
     EvalViews,
     ImageIndex,
-    ReplayLoader,
     ViewPlan,
     eval_loader,
     train_loader,
@@ -239,20 +237,6 @@ def test_evaluation_refuses_a_broken_file(tree, index, backend, how):
     loader.close()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_replay_repeats_the_first_batches(index, backend):
-    expected = [batch.images.clone() for batch in run(train(backend, index))[:3]]
-    loader = ReplayLoader(train(backend, index), batches=3, length=8)
-    assert len(loader) == 8
-    for _ in range(2):
-        images = [batch.images for batch in loader]
-        assert len(images) == 8
-        assert all(torch.equal(images[k], expected[k % 3]) for k in range(8))
-    loader.close()
-    with pytest.raises(DataError, match="replay"):
-        ReplayLoader(train(backend, index, stop_step=0), batches=2, length=8)
-
-
 def test_labels_of_unlabelled_images(tree):
     (tree / "class0/00.jpg").rename(tree / "loose.jpg")
     index = ImageIndex.scan(tree)
@@ -289,27 +273,12 @@ def test_decoder_settings_reach_dali(index):
     loader.close()
 
 
-def test_gpu_batches_go_back_to_dali_once_they_are_copied(index):
-    """A stand-in for CUDA's events: `done` copies are over, for the rest the loader would have to wait."""
-    waited = []
-    loader = train("dali", index)
-    for number, done in enumerate([True, True, False, False, True]):
-        event = SimpleNamespace(query=lambda done=done: done, synchronize=lambda number=number: waited.append(number))
-        loader._lent.append((event, torch.zeros(1)))
-    loader._give_back(2)
-    assert [number for number in waited if number > 1] == [2], "of three that are left the oldest is waited for"
-    assert len(loader._lent) == 2
-    loader.close()
-    assert not loader._lent
-    assert waited == [0, 1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_a_loader_recovers_wherever_a_batch_fails(tree, index, where):
     # A file that only decoding shows to be broken, in the first or the last batch of an evaluation; then it is mended.
     path = tree / index.relative_path(0 if where == "first" else N - 1)
     good = path.read_bytes()
-    loader = eval_loader("dali", index, EvalViews(SIZE, 18), batch_size=4, prefetch=3)
+    loader = eval_loader("dali", index, EvalViews(SIZE, 18), batch_size=4)
     expected = [batch.images for batch in loader]
     path.write_bytes(bytes(len(good)))
     with pytest.raises(DataError):

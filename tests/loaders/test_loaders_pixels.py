@@ -17,6 +17,7 @@ from torchvision.transforms import functional as tvf
 from mealfast.loaders import EvalViews, ImageIndex, ViewPlan, eval_loader, train_loader
 from mealfast.loaders.dali import DaliLoader
 from mealfast.loaders.pillow import PillowLoader
+from mealfast.loaders.prefetch import LoaderOptions
 from mealfast.loaders.steps import EvalSteps, TrainSteps
 
 DATA = Path(os.environ.get("MEALFAST_TEST_DATA") or Path(__file__).parents[2] / "../shared/data")
@@ -142,9 +143,9 @@ def test_the_pipeline_that_resizes_by_itself_matches_pillow(kind, photos, tmp_pa
         lambda: EvalSteps(index, EvalViews(224, 256, interpolation), batch_size=32, rank=0, world_size=1),
         lambda: EvalSteps(index, EvalViews(224, 200, interpolation), batch_size=32, rank=0, world_size=1),
     ):
-        cpu = torch.device("cpu")
-        images, indices = collect(DaliLoader(index, make_steps(), cpu, 2, 2, dali_resizes=True))
-        reference, expected = collect(PillowLoader(index, make_steps(), cpu, 2, 2))
+        options = LoaderOptions(torch.device("cpu"), threads=2, prefetch=2)
+        images, indices = collect(DaliLoader(index, make_steps(), options, dali_resizes=True))
+        reference, expected = collect(PillowLoader(index, make_steps(), options))
         np.testing.assert_array_equal(indices, expected)
         gap = np.abs(images.astype(np.int16) - reference)
         print(f"\n{kind} {interpolation}: mean {gap.mean():.3f}, p99 {np.percentile(gap, 99):.0f}, max {gap.max()}")

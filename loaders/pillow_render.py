@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from PIL import Image
 
 from .batch import DataError
-from .faults import Faults
+from .broken_files import BrokenFiles
+from .files import printable
 from .index import ImageIndex
+from .open_files import ReadingLog
 from .probe import open_image, reason
-from .steps import Steps, Views
+from .steps import BatchViews, Steps
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -21,11 +25,15 @@ LARGEST_RESIZED = 1 << 26
 class RowRenderer:
     """Renders rows of batches; a training image that fails is replaced by a deterministic other view."""
 
-    def __init__(self, index: ImageIndex, steps: Steps, faults: Faults):
-        self._index, self._steps, self._faults = index, steps, faults
+    def __init__(self, index: ImageIndex, steps: Steps, broken: BrokenFiles, log: ReadingLog) -> None:
+        """`log` is told which image a thread is reading."""
+        self._index, self._steps, self._broken, self._log = index, steps, broken, log
         self._resampling = RESAMPLING[steps.interpolation]
+        # Two lines each, from many threads, that name no file. The scan has said which images are large, and a file
+        # that cannot be decoded is named.
+        warnings.filterwarnings("ignore", module=r"PIL\b")
 
-    def __call__(self, views: Views, row: int) -> tuple[np.ndarray, int]:
+    def __call__(self, views: BatchViews, row: int) -> tuple[np.ndarray, int]:
         """(uint8 [size, size, 3], index of the image shown). Raises DataError where nothing honest can be shown."""
         if (pixels := self._try(views, row)) is not None:
             return pixels, int(views.indices[row])
@@ -34,21 +42,23 @@ class RowRenderer:
                 return pixels, int(other.indices[0])
         raise DataError(f"{self._index.root}: no image is left that can be opened")
 
-    def _try(self, views: Views, row: int) -> np.ndarray | None:
+    def _try(self, views: BatchViews, row: int) -> np.ndarray | None:
         i = int(views.indices[row])
-        if i in self._faults:
+        if i in self._broken:
             return None
         try:
-            return self._render(i, views, row)
+            with self._log.reading(i):
+                return self._render(i, views, row)
         except Exception as error:  # hostile files raise anything
+            why = printable(reason(error))
             if not self._steps.replaceable:
                 path = f"{self._index.root}/{self._index.display_path(i)}"
-                raise DataError(f"{path}: {reason(error)}; mend or remove the file and start again") from None
-            self._faults.add(i, reason(error))
+                raise DataError(f"{path}: {why}; mend or remove the file and start again") from None
+            self._broken.add(i, why)
             return None
 
-    def _render(self, i: int, views: Views, row: int) -> np.ndarray:
-        with open_image(self._index.source(i)) as image:
+    def _render(self, i: int, views: BatchViews, row: int) -> np.ndarray:
+        with self._index.open(i) as file, open_image(file) as image:
             expected = (int(self._index.widths[i]), int(self._index.heights[i]))
             if image.size != expected:
                 raise ValueError("its size in pixels changed since it was indexed")
@@ -64,17 +74,18 @@ class RowRenderer:
 
     def _window(self, image: Image.Image, resized: list[int], offset: list[int]) -> Image.Image:
         size = self._steps.size
-        if resized[0] * resized[1] <= LARGEST_RESIZED:
-            image = image.resize(tuple(resized), self._resampling)
+        width, height = resized
+        if width * height <= LARGEST_RESIZED:
+            image = image.resize((width, height), self._resampling)
             if resized == [size, size]:
                 return image
             return image.crop((offset[0], offset[1], offset[0] + size, offset[1] + size))
         # Per axis, where the window begins and ends in the resized image; then the same in pixels of the source.
-        begin = [max(at, 0) for at in offset]
-        end = [min(at + size, side) for at, side in zip(offset, resized, strict=True)]
-        scale = [side / new for side, new in zip(image.size, resized, strict=True)]
-        box = [at * s for at, s in zip((*begin, *end), (*scale, *scale), strict=True)]
-        part = image.resize((end[0] - begin[0], end[1] - begin[1]), self._resampling, box=box)
+        left, top = (max(at, 0) for at in offset)
+        right, bottom = (min(at + size, side) for at, side in zip(offset, resized, strict=True))
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+        part = image.resize((right - left, bottom - top), self._resampling, box=box)
         view = Image.new("RGB", (size, size))
-        view.paste(part, (begin[0] - offset[0], begin[1] - offset[1]))
+        view.paste(part, (left - offset[0], top - offset[1]))
         return view

@@ -11,10 +11,10 @@ from .index import ImageIndex
 log = logging.getLogger("mealfast.loaders")
 
 
-class Faults:
+class BrokenFiles:
     """The broken files of one loader. Safe to use from several threads."""
 
-    def __init__(self, index: ImageIndex):
+    def __init__(self, index: ImageIndex) -> None:
         self._index = index
         self._limit = max(1, len(index) // 1000)  # files; 0.1% of an epoch
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class Faults:
         return i in self._reasons
 
     def add(self, i: int, reason: str) -> None:
-        """Note that image `i` cannot be used; raises DataError beyond 0.1% of the images."""
+        """Note that image `i` cannot be used, `reason` one printable line. Raises DataError beyond 0.1% of all."""
         with self._lock:
             if i in self._reasons:
                 return
