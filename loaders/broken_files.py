@@ -31,12 +31,12 @@ class BrokenFiles:
                 return
             self._reasons[i] = reason
             count = len(self._reasons)
-        log.warning("%s: %s; other views replace this image", self._index.display_path(i), reason)
         if count > self._limit:
             raise DataError(
                 f"{self._index.root}: {count} of {len(self._index)} images broke after they were indexed, e.g. "
                 f"{self._index.display_path(i)} ({reason}); more than 0.1% is not trained on: mend the data"
             )
+        log.warning("%s: %s; other views replace this image", self._index.display_path(i), reason)
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -61,21 +61,22 @@ class StallCheck(threading.Thread):
     def __init__(self, paths: Sequence[bytes]) -> None:
         super().__init__(name="mealfast-stall-check", daemon=True)
         self._paths = paths
-        self._current: bytes | None = None
+        self._current: tuple[bytes, float] | None = None  # what it is asking about, and since when, in seconds
         self._found: list[bytes] = []
         self.start()
 
     def run(self) -> None:
         for path in self._paths:
-            self._current = path
+            self._current = (path, time.monotonic())
             if _blocks_readers(path):
                 self._found.append(path)
         self._current = None
 
     def suspects(self) -> list[bytes]:
-        """The files found so far that do not answer, or are no regular files."""
+        """The files found so far that do not answer (within half a second), or are no regular files."""
         current = self._current
-        return self._found.copy() if current is None else [*self._found, current]
+        waits = current is not None and time.monotonic() - current[1] > 0.5
+        return [*self._found, current[0]] if current is not None and waits else self._found.copy()
 
 
 def _blocks_readers(path: bytes) -> bool:

@@ -28,7 +28,7 @@ from .threads import WorkerThreads
 
 TIMEOUT = 300.0  # seconds without one image, by default
 _SLICE = 0.2  # seconds between two looks at `stopping`
-_PATIENCE = 5.0  # seconds without one image, before a stall check; those that `close` waits for blocked threads
+_PATIENCE = 5.0  # seconds at most, without one image before a stall check, and of `close` for blocked threads
 _CLOSING = "mealfast-closing"  # name of the threads that close loaders
 
 
@@ -134,6 +134,7 @@ class PrefetchLoader(ABC, Generic[Flight]):
         call = self._caller.submit(self._advance, pending, todo, stream)
         began = time.monotonic()
         check: StallCheck | None = None
+        suspects: list[bytes] = []
         while True:
             with suppress(NotYet):
                 return call.result(_SLICE)
@@ -142,10 +143,12 @@ class PrefetchLoader(ABC, Generic[Flight]):
             if self._options.stopping is not None and self._options.stopping():
                 raise LoaderStopped
             waited = time.monotonic() - max(began, self._log.latest)
-            if waited > min(_PATIENCE, self._options.timeout / 2) and (check is None or not check.is_alive()):
-                check = StallCheck([self._index.file_of(i) for i in self._awaited(pending)])
+            if check is not None:
+                suspects = check.suspects() or suspects
+            if waited > min(_PATIENCE, self._options.timeout / 10) and (check is None or not check.is_alive()):
+                check = StallCheck(self._awaited(pending))
             if waited > self._options.timeout:
-                raise LoaderTimeoutError(self._stalled(pending, check, waited))
+                raise LoaderTimeoutError(self._stalled(suspects, self._awaited(pending), waited))
 
     def _advance(self, pending: deque[Flight], todo: Iterator[int], stream: torch.cuda.Stream | None) -> Batch | None:
         """The next batch, None after the last one, with `prefetch` in flight behind it."""
@@ -163,13 +166,12 @@ class PrefetchLoader(ABC, Generic[Flight]):
         self._abandon(pending)
         pending.clear()
 
-    def _awaited(self, pending: deque[Flight]) -> list[int]:
-        """The images that are being read; where only the decoder knows, all of the batches in flight."""
-        return self._log.images() or [i for flight in pending.copy() for i in flight.views.indices.tolist()]
+    def _awaited(self, pending: deque[Flight]) -> list[bytes]:
+        """The files that are being read; where only the decoder knows, those of all batches in flight."""
+        images = self._log.images() or [i for flight in pending.copy() for i in flight.views.indices.tolist()]
+        return [self._index.file_of(i) for i in images]
 
-    def _stalled(self, pending: deque[Flight], check: StallCheck | None, waited: float) -> str:
-        awaited = [self._index.file_of(i) for i in self._awaited(pending)]
-        suspects = check.suspects() if check else []
+    def _stalled(self, suspects: list[bytes], awaited: list[bytes], waited: float) -> str:
         path = printable(os.fsdecode((suspects or awaited or [os.fsencode(self._index.root)])[0]))
         others = "" if suspects or len(awaited) < 2 else f" or one of {len(awaited) - 1} other files"
         return (
@@ -214,11 +216,11 @@ class PrefetchLoader(ABC, Generic[Flight]):
             return
         self._closing = threading.Thread(target=self._close, name=_CLOSING, daemon=True)
         self._closing.start()
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + min(_PATIENCE, self._options.timeout)
         while self._closing.is_alive() and time.monotonic() < deadline:
-            self._closing.join(1.0)
+            self._closing.join(0.5)
             if self._closing.is_alive():  # DALI, say, at a pipe of a batch that no one waits for any more
-                StallCheck([self._index.file_of(i) for i in self._awaited(self._pending)])
+                StallCheck(self._awaited(self._pending))
 
     def _close(self) -> None:
         """Waits for the threads and the decoder, for ever where one is blocked."""

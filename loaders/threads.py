@@ -32,21 +32,28 @@ class WorkerThreads:
         for thread in self._threads:
             thread.start()
         self._end = weakref.finalize(self, _end, tasks, count)
+        self._lock = threading.Lock()  # no task may come behind the end: it would be waited for in vain
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        """Has a thread call `function(*arguments)`; what it returns or raises is the future's result."""
+        """Has a thread call `function(*arguments)`; what it returns or raises is the future's result.
+
+        Raises RuntimeError after `cancel`.
+        """
         future: Future[T] = Future()
-        self._tasks.put((future, functools.partial(function, *arguments)))
+        with self._lock:
+            if not self._end.alive:
+                raise RuntimeError("the threads are closed")
+            self._tasks.put((future, functools.partial(function, *arguments)))
         return future
 
     def cancel(self) -> None:
         """Cancels what no thread has begun, and has each thread end after what it is at."""
-        if not self._end.alive:
-            return
-        with suppress(Empty):
-            while (task := self._tasks.get_nowait()) is not None:
-                task[0].cancel()
-        self._end()
+        with self._lock:
+            if self._end.alive:
+                with suppress(Empty):
+                    while (task := self._tasks.get_nowait()) is not None:
+                        task[0].cancel()
+                self._end()
 
     def close(self) -> None:
         """`cancel`, and waits for the threads, for ever where one is blocked."""

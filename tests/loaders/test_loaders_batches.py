@@ -1,8 +1,17 @@
 """Batches: the same global batches for any ranks and start, exact evaluation, files that break during a run."""
 
+import ctypes
+import fcntl
 import logging
+import os
+import signal
+import subprocess
 import sys
 import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +22,16 @@ from mealfast.loaders import (
     DataError,
     EvalViews,
     ImageIndex,
+    LoaderStopped,
+    LoaderTimeoutError,
     ViewPlan,
+    dali_pipeline,
     eval_loader,
+    pack,
+    threads_are_blocked,
     train_loader,
 )
+from mealfast.loaders.dali import copy_into
 from mealfast.loaders.steps import EvalSteps, TrainSteps
 
 BACKENDS = ["pillow", "dali"]
@@ -171,16 +186,19 @@ def damage(path, how):
     elif how == "folder":
         path.unlink()
         path.mkdir()
+    elif how == "pipe":  # at which whoever opens it would wait for ever
+        path.unlink()
+        os.mkfifo(path)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("how", ["vanished", "truncated", "empty", "garbage", "resized", "folder"])
+@pytest.mark.parametrize("how", ["vanished", "truncated", "empty", "garbage", "resized", "folder", "pipe"])
 def test_a_file_that_breaks_during_a_run_is_replaced(tree, index, backend, how, caplog):
     whole = run(train(backend, index))
     broken = "class3/13.jpg"
     damage(tree / broken, how)
     caplog.set_level(logging.WARNING)
-    loader = train(backend, index)
+    loader = train(backend, index, timeout=10)  # a tenth of it, and DALI is freed of the pipe
     batches = run(loader)
     bad = position(index, broken)
     assert len(batches) == 12
@@ -201,7 +219,7 @@ def test_a_file_that_breaks_during_a_run_is_replaced(tree, index, backend, how, 
     assert loader.replaced[broken]
     assert loader.replaced_count == shown
     assert len([record for record in caplog.records if broken in record.getMessage()]) == 1  # named once
-    again = run(train(backend, index))
+    again = run(train(backend, index, timeout=10))
     assert all(torch.equal(a.images, b.images) for a, b in zip(again, batches, strict=True))
 
 
@@ -215,8 +233,101 @@ def test_a_file_that_became_another_kind_is_rendered_by_pillow(tree, index):
     assert torch.equal(found, expected)
 
 
+HOLDER = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def stall():
+    """Makes whoever opens a regular file wait, as a disk that does not answer would, until it is called again."""
+    holders = []
+
+    def stall(path=None):
+        if path is None:
+            for holder in holders:
+                holder.communicate()
+            return
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        holders.append(holder)
+        if not holder.stdout.readline():
+            pytest.skip(f"no leases on the file system of {path}")
+
+    yield stall
+    stall()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
+def test_a_disk_that_does_not_answer_ends_the_wait_for_it(tree, index, stall, tmp_path):
+    pack(index, tmp_path / "packed")
+    packed = ImageIndex.scan(tmp_path / "packed")
+    places = {id(index): tree / "class3/13.jpg", id(packed): tmp_path / "packed/shard-000000.tar"}
+    loaders = [(which, train(backend, which, timeout=1.5)) for which in (index, packed) for backend in BACKENDS]
+    for path in places.values():
+        stall(path)
+
+    def wait(which, loader):
+        began = time.monotonic()
+        with pytest.raises(LoaderTimeoutError) as error:
+            list(loader)
+        assert 1.5 < time.monotonic() - began < 15
+        assert str(error.value).startswith(f"{places[id(which)]}: ")
+        assert "--loader-timeout" in str(error.value)
+        assert "\n" not in str(error.value)
+        began = time.monotonic()
+        loader.close()
+        assert time.monotonic() - began < 10
+        assert loader.stuck
+        with pytest.raises(RuntimeError, match="closed"):
+            next(iter(loader))
+
+    with ThreadPoolExecutor(len(loaders)) as pool:  # at the same time, to wait only once
+        for waiting in [pool.submit(wait, *one) for one in loaders]:
+            waiting.result()
+    assert threads_are_blocked()
+    stall()  # the disk answers: everything ends by itself
+    for _ in range(100):
+        if not any(loader.stuck for _, loader in loaders):
+            break
+        time.sleep(0.1)
+    assert not threads_are_blocked()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_too_many_broken_files_end_the_run(tree, index, backend):
+def test_a_signal_ends_the_wait_for_a_batch(tree, index, backend, stall):
+    received = []
+    before = signal.signal(signal.SIGALRM, lambda *_: received.append(time.monotonic()))
+    loader = eval_loader(
+        backend, index, EvalViews(SIZE, 18), batch_size=8, threads=2, stopping=lambda: bool(received), timeout=60
+    )
+    stall(tree / index.relative_path(30))
+    batches = iter(loader)
+    try:
+        next(batches)  # a signal that comes while no one waits takes no batch away
+        signal.raise_signal(signal.SIGALRM)
+        next(batches)
+        received.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(LoaderStopped):
+            list(batches)
+        assert time.monotonic() - received[0] < 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        stall()
+        loader.close()
+    assert not loader.stuck
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_many_broken_files_end_the_run(tree, index, backend, caplog):
     for name in ("class3/13.jpg", "class0/05.jpg", "class1/06.jpg", "class4/19.jpg"):
         (tree / name).unlink()
     loader = train(backend, index)
@@ -224,6 +335,7 @@ def test_too_many_broken_files_end_the_run(tree, index, backend):
         list(loader)
     assert "\n" not in str(error.value)
     loader.close()
+    assert len(caplog.records) == 1  # the rest is in the error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -264,13 +376,40 @@ def test_bad_options_get_one_line(index, options, words):
     assert "\n" not in str(error.value)
 
 
-def test_decoder_settings_reach_dali(index):
-    from mealfast.loaders.dali_pipeline import GpuDecoding
+def test_decoder_settings_reach_dali(index, monkeypatch):
+    build = dali_pipeline.build_pipeline
+    decoding = dali_pipeline.GpuDecoding(hardware_share=0.9)
+    asked = []
+    monkeypatch.setattr(
+        "mealfast.loaders.dali.build_pipeline", lambda **options: asked.append(options) or build(**options)
+    )
+    run(train("dali", index, decoding=decoding))
+    assert [options["decoding"] for options in asked] == [decoding]
 
-    decoding = GpuDecoding(hardware_share=0.9)
-    loader = train("dali", index, decoding=decoding)
-    assert loader._decoding is decoding
-    loader.close()
+
+def test_gpu_batches_reach_torch_by_one_copy_on_its_stream():
+    """A stand-in for DALI's outputs on a GPU, which fills the memory and notes what it was asked for."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 5, 3), np.uint8)
+    copies = []
+
+    class Outputs:
+        def __len__(self):
+            return len(pixels)
+
+        def shape(self):
+            return [one.shape for one in pixels]
+
+        def copy_to_external(self, to, stream=None, non_blocking=False):
+            copies.append((to.value, stream.value, non_blocking))
+            ctypes.memmove(to, pixels.ctypes.data, pixels.nbytes)
+
+    images = torch.zeros(3, 5, 5, 3, dtype=torch.uint8)
+    copy_into(images, Outputs(), SimpleNamespace(cuda_stream=0x5EA))
+    assert copies == [(images.data_ptr(), 0x5EA, True)]
+    assert torch.equal(images, torch.from_numpy(pixels))
+    with pytest.raises(RuntimeError, match="shapes"):  # and nothing is written beyond the end
+        copy_into(torch.zeros(2, 5, 5, 3, dtype=torch.uint8), Outputs(), None)
+    assert len(copies) == 1
 
 
 @pytest.mark.parametrize("where", ["first", "last"])
@@ -289,6 +428,22 @@ def test_a_loader_recovers_wherever_a_batch_fails(tree, index, where):
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.int() - theirs.int()).abs().float().mean() < 0.3
     loader.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_images_get_one_line_instead_of_pillows_warnings(tree, backend, caplog, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1390)  # of 50 images, 20 have more
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        index = ImageIndex.scan(tree)
+        run(train(backend, index))
+    large = index.widths.astype(int) * index.heights > 1390
+    assert 5 < large.sum() < 45
+    assert not shown
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{large.sum()} images" in line
+    assert index.display_path(int(np.flatnonzero(large)[0])) in line
+    assert "\n" not in line
 
 
 def test_a_plan_for_other_images_is_refused(index):

@@ -124,6 +124,11 @@ def test_relabel(tree):
     assert found.labels.tolist() == [3, 7, 7, -1]
     with pytest.raises(DataError, match="class 'b'"):
         ImageIndex.scan(tree).relabel({"a": 0})
+    write(tree / "c\x1b[2J/x.jpg")
+    with pytest.raises(DataError, match=r"class 'c\\x1b\[2J'"):
+        ImageIndex.scan(tree).relabel({"a": 0, "b": 1})
+    with pytest.raises(DataError, match=r"class 'c\\x1b\[2J'"):
+        ImageIndex.scan(tree, classes=["a", "b"])
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "broken"])
@@ -371,22 +376,60 @@ def test_parallel_scan_finds_the_same(tmp_path):
     assert one.quarantined == three.quarantined != []
 
 
-def test_a_file_that_kills_its_process_is_quarantined(tmp_path, monkeypatch):
+@pytest.fixture
+def fragile(tmp_path, monkeypatch):
+    """Probing processes that die at certain names: `bomb` of an abort; `hit` of SIGKILL, as often as its number says."""
     script = tmp_path / "fragile.py"
     script.write_text(
-        "import os, sys\n"
+        "import os, signal, sys\n"
         "tail = b''\n"
         "while chunk := os.read(0, 65536):\n"
         "    *paths, tail = (tail + chunk).split(b'\\0')\n"
         "    for path in paths:\n"
-        "        os.abort() if b'bomb' in path else os.write(1, b'[3, 4, 1]\\n')\n"
+        "        if b'bomb' in path:\n"
+        "            os.abort()\n"
+        "        if b'hit' in path:\n"
+        "            mark = __file__ + os.fsdecode(path.rpartition(b'/')[2])\n"
+        "            hits = os.path.getsize(mark) if os.path.exists(mark) else 0\n"
+        "            if hits < int(path[path.index(b'hit') + 3:][:1]):\n"
+        "                open(mark, 'a').write('x')\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        os.write(1, b'[3, 4, 1]\\n')\n"
     )
     monkeypatch.setattr(probe_pool, "probe_module", types.SimpleNamespace(__file__=str(script)))
-    paths = [b"bomb%d" % k if k % 50 == 3 else b"fine%d" % k for k in range(400)]
+
+
+def test_a_file_at_which_its_process_crashes_is_quarantined(fragile):
+    paths = [b"bomb%d" % k if k % 50 == 3 else b"hit1-%d" % k if k % 50 == 4 else b"fine%d" % k for k in range(400)]
     found = probe_pool.probe_all(paths, decode=False, workers=2)
-    crashed = [path for path, result in zip(paths, found, strict=True) if isinstance(result, str)]
+    crashed = [path for path, result in zip(paths, found, strict=True) if result == probe_pool.CRASHED]
     assert crashed == [path for path in paths if b"bomb" in path]
-    assert all(result == (3, 4, 1) for result in found if not isinstance(result, str))
+    assert all(result == (3, 4, 1) for result in found if result != probe_pool.CRASHED), "others, killed ones too"
+
+
+def test_a_file_whose_process_is_always_killed_is_not_judged(fragile):
+    with pytest.raises(
+        DataError, match=r"^hit9-\\x1b: the process .* killed by signal 9, 4 times; nothing is known"
+    ) as error:
+        probe_pool.probe_all([b"fine", b"hit9-\x1b"], decode=False, workers=1, isolated=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_file_that_once_crashed_is_tried_again_in_a_process_of_its_own(tree, monkeypatch, decode):
+    right = ImageIndex.scan(tree, decode=decode, cache_dir=tree.parent / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "probe_all", lambda paths, **_: [probe_pool.CRASHED, *[(3, 4, 1)] * (len(paths) - 1)])
+        branded = ImageIndex.scan(tree, decode=decode)
+    assert branded.quarantined == [("a/deep/er/x.png", probe_pool.CRASHED)]
+
+    def in_this_process(*_):
+        raise AssertionError("a crash would end the program")
+
+    monkeypatch.setattr(probe_pool, "probe", in_this_process)
+    mended = ImageIndex.scan(tree, decode=decode)
+    assert mended.quarantined == []
+    assert names(mended) == names(right)
 
 
 def test_scanning_processes_end_with_the_program(tmp_path):

@@ -1,5 +1,7 @@
 """Packed data: the same images, views and pixels as the tree; readable by others; never half."""
 
+import dataclasses
+import errno
 import os
 import tarfile
 from pathlib import Path
@@ -9,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mealfast.loaders import DataError, EvalViews, ImageIndex, ViewPlan, eval_loader, pack, packing, train_loader
+from mealfast.loaders import (
+    DataError,
+    EvalViews,
+    ImageIndex,
+    ViewPlan,
+    eval_loader,
+    index_store,
+    pack,
+    packing,
+    train_loader,
+)
 from mealfast.loaders.packed import INDEX, UNFINISHED
 
 N = 40
@@ -153,6 +165,63 @@ def test_an_interrupted_packing_starts_over(index, tmp_path, monkeypatch):
     pack(index, folder, shard_bytes=1 << 20)
     assert ImageIndex.scan(folder).digest == index.digest
     assert sorted(path.name for path in folder.iterdir()) == [INDEX, "shard-000000.idx", "shard-000000.tar"]
+
+
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+@pytest.mark.parametrize("how", ["shrinks", "fails"])
+def test_a_shard_that_breaks_during_a_run_costs_its_images_only(index, packed, backend, how, monkeypatch):
+    plan = ViewPlan(index.widths, index.heights, seed=1, size=24)
+    whole, shown = images(train_loader(backend, packed, plan, batch_size=10, stop_step=8))
+    loader = train_loader(backend, packed, plan, batch_size=10, stop_step=8)  # has opened the pack before it breaks
+    shards = sorted(packed.root.glob("*.tar"))
+    broken = [i for i in range(len(packed)) if os.fsdecode(packed.file_of(i)) == str(shards[-1])]
+    lost = broken[-1]
+    end = shards[-1].stat().st_size
+    if how == "shrinks":
+        with tarfile.open(shards[-1]) as tar:
+            place = tar.getmember(packed.relative_path(lost)).offset_data
+        os.truncate(shards[-1], place + 100)
+        why = f"the file ends {packed.file_sizes[lost] - 100} bytes too early"
+    else:
+        read = os.preadv
+
+        def failing(descriptor, buffers, offset):
+            if os.fstat(descriptor).st_size == end and len(buffers[0]) == packed.file_sizes[lost]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", failing)
+        why = "Input/output error"
+    found, replaced = images(loader)
+    assert loader.replaced == {packed.display_path(lost): f"{shards[-1].name}: {why}"}
+    assert loader.replaced_count == int((shown == lost).sum()) > 0
+    assert lost not in replaced.tolist()
+    kept = shown != lost
+    assert torch.equal(replaced[kept], shown[kept])
+    assert torch.equal(found[kept], whole[kept])
+
+
+def test_a_pack_of_many_shards_keeps_few_open(index, tmp_path, monkeypatch):
+    monkeypatch.setattr("mealfast.loaders.packed._OPEN", 3)
+    pack(index, tmp_path / "many", shard_bytes=1)
+    many = ImageIndex.scan(tmp_path / "many")
+    assert len(list(many.root.glob("*.tar"))) == len(index)
+    assert images(train_loader("pillow", many, ViewPlan(many.widths, many.heights, seed=1, size=8), batch_size=10,
+                               stop_step=12))[1].shape == (120,)  # fmt: skip
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert len([link for link in links if link.startswith(str(many.root))]) == 3
+
+
+def test_what_a_pack_says_reaches_no_terminal_raw(packed):
+    path = packed.root / INDEX
+    stored = index_store.load(path)
+    hostile = "\x1b]0;owned\x07\n\x9b2J" + "x" * 10_000
+    reasons = [hostile if reason else "" for reason in stored.reasons]
+    assert index_store.save(dataclasses.replace(stored, reasons=reasons), path)
+    ((_, reason),) = ImageIndex.scan(packed.root).quarantined
+    assert reason.startswith(r"\x1b]0;owned\x07\n\x9b2J")
+    assert reason.isprintable()
+    assert len(reason) < 1100
 
 
 def test_bad_packs_and_folders_get_one_line(index, packed, tmp_path):
