@@ -21,7 +21,7 @@ COMMANDS = {
     "pack": ("mealfast.cli.pack", "pack_command", "an image tree as a few large tar shards"),
     "labels": ("mealfast.cli.labels", "labels_command", "the teachers' targets on disk: build, info, verify"),
     "forecast": ("mealfast.cli.forecast", "forecast_command", "each stage's speed, the bottleneck, the hours"),
-    "figures": ("mealfast.figures.curves", "figures_command", "curves of one or more runs"),
+    "figures": ("mealfast.cli.figures", "figures_command", "curves of one or more runs"),
     "demo": ("mealfast.cli.demo", "demo_command", "the whole job on real handwritten digits, in about three minutes"),
 }
 

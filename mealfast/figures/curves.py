@@ -1,59 +1,48 @@
-"""`mealfast figures`: curves of one or more runs from their metrics.jsonl."""
+"""Curves of one or more runs from their metrics.jsonl."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mealfast.cli.options import Parser
 from mealfast.errors import UsageError
-from mealfast.machine.files import replacing
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="mealfast figures",
-        usage="mealfast figures RUN [RUN ...] --out FILE",
-        description="Draws validation top-1 and KL to the ensemble against steps, one curve a run directory.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--out", default="curves.png", metavar="FILE", help=".png, .svg or .pdf (default: curves.png)")
-    return parser
-
-
-def figures_command(argv: list[str]) -> int:
-    """Runs the command; exit status 0. Raises UsageError for a folder without metrics, or without matplotlib."""
-    options = make_parser().parse_args(argv)
-    out = Path(options.out)
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out {out}: must end in .png, .svg or .pdf")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: no such folder")
-    draw_curves({Path(run).name: read_evaluations(Path(run)) for run in options.runs}, out)
-    print(out)
-    return 0
+from mealfast.machine.files import parsed_object, replacing
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The "eval" lines of a run's metrics.jsonl. Raises UsageError if there are none."""
+    """The "eval" lines of a run's metrics.jsonl. Raises UsageError if there are none, or some are no evaluation's."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UsageError(f"{run}: is no run directory (it has no metrics.jsonl)")
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = [line for line in lines if line["kind"] == "eval"]
-        [(line["step"], line["top1"], line["kl"]) for line in found]
-    except (ValueError, KeyError, TypeError) as error:
+        lines = [parsed_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise UsageError(f"{path}: is damaged") from error
+    found = [line for line in lines if line.get("kind") == "eval"]
+    if not all(map(_is_evaluation, found)):
+        raise UsageError(f"{path}: is damaged (its evaluations)")
     if not found:
         raise UsageError(f"{path}: holds no evaluation yet")
     return found
 
 
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    return (
+        type(line.get("step")) is int
+        and isinstance(line.get("top1"), (int, float))
+        and (line.get("kl", "") is None or isinstance(line.get("kl"), (int, float)))
+    )
+
+
 def draw_curves(runs: Mapping[str, list[dict[str, Any]]], out: Path, levels: Mapping[str, float] | None = None) -> None:
-    """Writes a figure: top-1 (percent) against steps, `levels` as dashed lines, and KL (nats) where there is one."""
+    """Writes a figure: top-1 (percent) against steps, `levels` as dashed lines, and KL (nats) where there is one.
+
+    `runs`: evaluations, as `read_evaluations` gives them, by the name of their curve. Raises UsageError without
+    matplotlib; OSError.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -85,8 +74,8 @@ def _curves(
     axis: Any, runs: Mapping[str, list[dict[str, Any]]], key: str, title: str, colours: Mapping[str, str]
 ) -> None:
     for name, lines in runs.items():
-        epochs, values = [line["step"] for line in lines], [line[key] for line in lines]
-        axis.plot(epochs, values, marker="o", markersize=3, label=f"{name} {values[-1]:.3g}", color=colours[name])
+        steps, values = [line["step"] for line in lines], [line[key] for line in lines]
+        axis.plot(steps, values, marker="o", markersize=3, label=f"{name} {values[-1]:.3g}", color=colours[name])
     axis.set_xlabel("optimiser steps")
     axis.set_ylabel(title)
     axis.grid(alpha=0.3)

@@ -8,7 +8,6 @@ Shape legend: B images of this process's part of a step, H and W pixels.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import timm
 import torch
 
-from mealfast.machine.files import write_json
+from mealfast.machine.files import read_object, write_json
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,10 +131,9 @@ class LayoutStore:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return read_object(self.path)
         except (OSError, ValueError):
             return {}
-        return content if isinstance(content, dict) else {}
 
 
 def key_of(spec: str, images: torch.Tensor, device: torch.device, default: Layout) -> str:

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import os
 import socket
-import urllib.error
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlparse
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import brief, reason
 from mealfast.models import weights
 from mealfast.models.spec import ModelSpec, parse
 
@@ -71,7 +71,7 @@ def build(spec: str | ModelSpec, size: int | None = None) -> NormalizedModel:
         weights.load(model, state, spec)
     config = timm.data.resolve_model_data_config(model)
     if config["input_size"][0] != 3:
-        raise UsageError(f"model spec {spec.text!r}: takes {config['input_size'][0]} channels; images have 3")
+        raise UsageError(f"model spec {_quoted(spec.text)}: takes {config['input_size'][0]} channels; images have 3")
     return NormalizedModel(model, config["mean"], config["std"], size or config["input_size"][-1])
 
 
@@ -120,38 +120,62 @@ def check_classes(specs: Sequence[str], models: Sequence[NormalizedModel], stude
 
 
 def probe(model: NormalizedModel, spec: str, size: int) -> None:
-    """Runs one grey image through a model, so that a size it cannot take is refused before anything starts."""
+    """Runs one grey image through a model, so that a size it cannot take is refused before anything starts.
+
+    Raises UsageError: for the size where another one works, else for the spec; for outputs that are no finite logits.
+    """
     training = model.training
-    device = model.scale.device
     model.eval()
     try:
-        with torch.inference_mode():
-            logits = model(torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"model spec {spec!r} cannot take {size} x {size} pixels: {_first_line(error)}; change --size"
-        ) from error
+        logits = _of_grey(model, size)
+    except Exception as error:
+        own = timm.data.resolve_model_data_config(model.model)["input_size"][-1]
+        others = {own, parse(spec).kwargs.get("img_size", own)} - {size}
+        if any(isinstance(other, int) and _takes(model, other) for other in others):
+            raise UsageError(
+                f"model spec {_quoted(spec)} cannot take {size} x {size} pixels: {reason(error)}; change --size"
+            ) from error
+        raise UsageError(f"model spec {_quoted(spec)}: the model does not run: {reason(error)}") from error
     finally:
         model.train(training)
     if logits.ndim != 2 or logits.shape[1] != model.num_classes:
-        raise UsageError(f"model spec {spec!r} is no classifier: its output has shape {list(logits.shape)}")
+        raise UsageError(f"model spec {_quoted(spec)} is no classifier: its output has shape {list(logits.shape)}")
     if not torch.isfinite(logits).all():
-        raise UsageError(f"model spec {spec!r} gives non-finite logits: its weights are damaged")
+        raise UsageError(f"model spec {_quoted(spec)} gives non-finite logits: its weights are damaged")
+
+
+def _of_grey(model: NormalizedModel, size: int) -> torch.Tensor:
+    """Logits [1, C] of one grey image."""
+    with torch.inference_mode():
+        return model(torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=model.scale.device))
+
+
+def _takes(model: NormalizedModel, size: int) -> bool:
+    try:
+        _of_grey(model, size)
+    except Exception:
+        return False
+    return True
 
 
 def _check_names(spec: ModelSpec) -> None:
     if not timm.is_model(spec.architecture):
         close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UsageError(f"model spec {spec.text!r}: timm has no architecture {spec.architecture!r}; {hint}")
+        raise UsageError(
+            f"model spec {_quoted(spec.text)}: timm has no architecture '{brief(spec.architecture, 60)}'; {hint}"
+        )
     for key in sorted(_NOT_IN_SPECS & set(spec.kwargs)):
         raise UsageError(
-            f"model spec {spec.text!r}: {key} cannot be set; weights are NAME.TAG or NAME@FILE, images have 3 channels"
+            f"model spec {_quoted(spec.text)}: {key} cannot be set; weights are NAME.TAG or NAME@FILE, images have 3 "
+            "channels"
         )
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{spec.architecture}.*")]
     if spec.tag and spec.tag not in tags:
         known = ", ".join(tags) or "none"
-        raise UsageError(f"model spec {spec.text!r}: no tag {spec.tag!r}; timm's for {spec.architecture}: {known}")
+        raise UsageError(
+            f"model spec {_quoted(spec.text)}: no tag '{brief(spec.tag, 60)}'; timm's for {spec.architecture}: {known}"
+        )
 
 
 def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | None) -> nn.Module:
@@ -166,10 +190,10 @@ def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | 
         kwargs.update(_local_weights(spec, config))
     try:
         return timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs)
-    except (OSError, urllib.error.HTTPError) as error:
-        raise _no_weights(spec, _first_line(error)) from error
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UsageError(f"model spec {spec.text!r}: timm cannot build it: {_first_line(error)}") from error
+    except Exception as error:  # an argument that a constructor does not expect can raise anything
+        if isinstance(error, OSError):  # of the hub's client, urllib's among them
+            raise _no_weights(spec, reason(error)) from error
+        raise UsageError(f"model spec {_quoted(spec.text)}: timm cannot build it: {reason(error)}") from error
 
 
 def _local_weights(spec: ModelSpec, config: Any) -> dict[str, Any]:
@@ -210,5 +234,5 @@ def _no_weights(spec: ModelSpec, reason: str) -> UsageError:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _quoted(text: str) -> str:
+    return f"'{brief(text)}'"

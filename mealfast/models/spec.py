@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import brief
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ def parse(text: str) -> ModelSpec:
     name, has_kwargs, query = name.partition("?")
     architecture, _, tag = name.partition(".")
     if not architecture or text.endswith("@") or (has_kwargs and not query):
-        raise UsageError(f"model spec {text!r}: must be NAME[.TAG][?key=value&...][@CHECKPOINT]")
+        raise UsageError(f"model spec '{brief(text)}': must be NAME[.TAG][?key=value&...][@CHECKPOINT]")
     kwargs = {}
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:
-            raise UsageError(f"model spec {text!r}: {pair!r} must be key=value")
+            raise UsageError(f"model spec '{brief(text)}': '{brief(pair)}' must be key=value")
         kwargs[key] = _literal(value)
     return ModelSpec(text, architecture, tag, kwargs, checkpoint)
 
@@ -50,5 +51,5 @@ def _literal(value: str) -> Any:
         return plain[value.lower()]
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of a thousand brackets
         return value

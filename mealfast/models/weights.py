@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,7 +14,9 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import brief, replacing
 from mealfast.models.spec import ModelSpec
+from mealfast.models.torch_files import torch_load, why_unreadable
 
 # Where the state dict lies in files that hold more: mealfast's checkpoints, timm's (EMA first, as timm does), others'.
 _NESTED_KEYS = ("student", "state_dict_ema", "model_ema", "state_dict", "model")
@@ -25,16 +25,21 @@ _NESTED_KEYS = ("student", "state_dict_ema", "model_ema", "state_dict", "model")
 def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The state dict in a `.pth`, `.pt`, `.bin` or `.safetensors` file, with wrappers' prefixes removed.
 
-    Never runs code from the file (`weights_only=True`). Raises UsageError where it is missing, damaged or something
-    else.
+    Never runs code from the file, and takes no more memory than the file is worth. Raises UsageError where it is
+    missing, damaged or something else, and for tensors that are not plain (sparse, quantised, without values).
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path}: no such file")
+    what = f"checkpoint {brief(str(path))}"
     try:
+        if not path.is_file():
+            raise UsageError(f"{what}: no such file")
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch_load(path)
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{what}: cannot be read ({error.strerror or why_unreadable(error)})") from error
     except Exception as error:  # a file that only looks like one of these formats can raise anything
-        raise UsageError(f"checkpoint {path}: cannot be read ({why_unreadable(error)})") from error
+        raise UsageError(f"{what}: cannot be read ({why_unreadable(error)})") from error
     for key in _NESTED_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -43,61 +48,83 @@ def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
     )
     if not tensors or not content:
-        raise UsageError(f"checkpoint {path}: holds no state dict; expected one, or one under 'state_dict' or 'model'")
-    return clean_state_dict(content)
+        raise UsageError(f"{what}: holds no state dict; expected one, or one under 'state_dict' or 'model'")
+    for key, tensor in content.items():
+        if kind := _not_plain(tensor):
+            raise UsageError(f"{what}: {brief(key)} is a {kind} tensor; save plain ones")
+    return _without_shared_prefix(clean_state_dict(content))
 
 
-def torch_load(path: str | os.PathLike[str]) -> Any:
-    """`torch.load` on the CPU, tensors and plain values only; timm's training files hold an argparse.Namespace."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _not_plain(tensor: torch.Tensor) -> str:
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantised"
+    return "" if tensor.layout == torch.strided else "sparse"
 
 
-def why_unreadable(error: Exception) -> str:
-    """One line for what reading a weights file has raised; torch's own speaks of its options."""
-    if isinstance(error, pickle.UnpicklingError):
-        if "GLOBAL" in str(error):
-            return (
-                "it holds more than tensors and plain values, and loading it could run code; save its state dict alone"
-            )
-        return "it is no file of torch.save"
-    if "PytorchStreamReader" in str(error):  # a paragraph on the zip library within
-        return "it is cut off or damaged"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _without_shared_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what all keys begin with, up to a dot: `model.`, `backbone.`, `student.` of a module around the model."""
+    while len(state) > 1:
+        prefix, dot, _ = next(iter(state)).partition(".")
+        if not dot or not all(key.startswith(prefix + dot) for key in state):
+            break
+        state = {key.removeprefix(prefix + dot): tensor for key, tensor in state.items()}
+    return state
 
 
-def num_classes(spec: ModelSpec, state: dict[str, torch.Tensor]) -> dict[str, int]:
+def num_classes(spec: ModelSpec, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """`{"num_classes": N}` as the checkpoint's classifier has it, or {} where that cannot be told."""
     config = timm.models.get_pretrained_cfg(spec.timm_name)
     classifier = config.classifier if config else None
-    if isinstance(classifier, str) and f"{classifier}.weight" in state:
-        return {"num_classes": state[f"{classifier}.weight"].shape[0]}
-    return {}
+    weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    return {} if weight is None or weight.ndim == 0 else {"num_classes": weight.shape[0]}
 
 
-def load(model: nn.Module, state: dict[str, torch.Tensor], spec: ModelSpec) -> None:
-    """Loads a state dict, every key. Raises UsageError that names the first difference."""
-    own = model.state_dict()
+def load(model: nn.Module, state: Mapping[str, torch.Tensor], spec: ModelSpec) -> None:
+    """Loads a state dict, every key, into a model on the CPU. Floating-point weights may be of any precision.
+
+    Raises UsageError that names the first difference: a key, a shape, or a kind of number (integers and complex numbers
+    are no weights, and torch would cast them without a word).
+    """
+    names = model.state_dict()
+    own = _without_shared_prefix(names)  # as `read` does to the file's
     # Files from before BatchNorm counted its batches lack the counters, and nothing but momentum=None reads them.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        if shapes:
-            key = shapes[0]
-            difference = f"{key} has shape {list(state[key].shape)}, not {list(own[key].shape)}"
-        elif missing:
-            difference = f"it lacks {missing[0]} and {len(missing) - 1} more of {len(own)} tensors"
-        else:
-            difference = f"it has {extra[0]} and {len(extra) - 1} more tensors that {spec.architecture} has not"
-        raise UsageError(f"checkpoint {spec.checkpoint} is not one of {spec.architecture}: {difference}")
-    model.load_state_dict(state, strict=False)
+    shared = [key for key in own if key in state]
+    shapes = [key for key in shared if own[key].shape != state[key].shape]
+    kinds = [key for key in shared if not _casts(state[key], own[key])]
+    if shapes:
+        key = shapes[0]
+        difference = f"{key} has shape {brief(str(list(state[key].shape)))}, not {list(own[key].shape)}"
+    elif missing:
+        difference = f"it lacks {missing[0]} and {len(missing) - 1} more of {len(own)} tensors"
+    elif extra:
+        difference = f"it has {brief(extra[0])} and {len(extra) - 1} more tensors that {spec.architecture} has not"
+    elif kinds:
+        key = kinds[0]
+        difference = f"{key} holds {_dtype(state[key])}, not {_dtype(own[key])}"
+    else:
+        renamed = dict(zip(own, names, strict=True))
+        model.load_state_dict({renamed[key]: tensor for key, tensor in state.items()}, strict=False)
+        return
+    raise UsageError(f"checkpoint {brief(spec.checkpoint)} is not one of {spec.architecture}: {difference}")
+
+
+def _casts(stored: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a stored tensor's numbers are weights of the model's kind; 8-bit floats are not without their scales."""
+    if own.is_floating_point():
+        return stored.is_floating_point() and stored.dtype.itemsize > 1
+    return not stored.is_floating_point() and not stored.is_complex()
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """A model's weights under timm's keys in a safetensors file, atomically."""
-    from mealfast.machine.files import replacing
-
+    """A model's weights under timm's keys in a safetensors file, atomically. Raises OSError."""
     state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         # No more metadata than this: several keys would be written in random order; equal weights are equal files.

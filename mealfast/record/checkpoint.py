@@ -11,19 +11,21 @@ import io
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mealfast.errors import UsageError
-from mealfast.machine.files import replacing, sync_folder
-from mealfast.models import weights
+from mealfast.machine import terminal
+from mealfast.machine.files import brief, replacing, shown, sync_folder
+from mealfast.models.torch_files import is_whole, torch_load, why_unreadable
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+BEST = "best.pt"  # the checkpoint of the best evaluation
 FORMAT = "mealfast-checkpoint-1"
 _BLOCK = 1 << 22  # bytes read or written at a time
 
@@ -44,7 +46,7 @@ def write(
     best: bool = False,
     abandoned: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Publishes what `encode` gave; then only the `keep` newest stay. `best` makes best.pt the same file.
+    """Publishes what `encode` gave; then only the `keep` newest stay. `best` writes it as best.pt too.
 
     Those of later steps go: a run that went back, past a damaged file or by --resume PATH, has left them behind.
     Raises OSError, and then leaves nothing behind; InterruptedError if `abandoned` says so.
@@ -53,15 +55,9 @@ def write(
     path = folder / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         temporary = Path(scratch) / "checkpoint.pt"
-        with temporary.open("wb") as file:
-            for first in range(0, len(content), _BLOCK):
-                if abandoned():
-                    raise InterruptedError("abandoned")
-                file.write(content[first : first + _BLOCK])
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, content, abandoned)
         if best:  # before the checkpoint that says so: a run killed between the two evaluates and marks again
-            mark_best(temporary, folder)
+            write_best(folder, content, abandoned)
         temporary.replace(path)
     sync_folder(folder)
     later = [other for other in candidates(folder) if step_of(other) > step]
@@ -70,20 +66,28 @@ def write(
     return path
 
 
+def write_best(folder: Path, content: memoryview, abandoned: Callable[[], bool] = lambda: False) -> None:
+    """Makes best.pt of what `encode` gave: a file of its own, which no damage to another checkpoint reaches.
+
+    Raises as `write` does.
+    """
+    with replacing(folder / BEST) as temporary:
+        _write(temporary, content, abandoned)
+
+
+def _write(path: Path, content: memoryview, abandoned: Callable[[], bool]) -> None:
+    with path.open("wb") as file:
+        for first in range(0, len(content), _BLOCK):
+            if abandoned():
+                raise InterruptedError("abandoned")
+            file.write(content[first : first + _BLOCK])
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int, *, best: bool = False) -> Path:
     """`encode` and `write` in one."""
     return write(folder, step, encode(step, state), keep, best=best)
-
-
-def mark_best(path: Path, folder: Path | None = None) -> None:
-    """Makes `best.pt` in a folder, by default beside a checkpoint, the same file (a hard link; a copy where the file
-    system has none)."""
-    with replacing((folder or path.parent) / "best.pt") as temporary:
-        temporary.unlink()
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -95,6 +99,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """Optimiser steps before the checkpoint of that name. Raises ValueError where it is not one's."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} is not named like a checkpoint")
@@ -102,34 +107,61 @@ def step_of(path: Path) -> int:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its content; a damaged one is named on stderr and passed over."""
-    for path in candidates(folder):
-        match = _NAME.fullmatch(path.name)
-        if match and _digest(path) == match[2]:
-            return path, _content(path)
-        print(f"mealfast: warning: {path} is damaged (checksum): passing over it", file=sys.stderr)
-    return None
+    """The newest checkpoint that is whole, with its content; a damaged one is named on stderr and passed over.
+
+    None where there is no checkpoint. Raises UsageError where all are damaged: it names best.pt if that is whole.
+    """
+    found = candidates(folder)
+    for path in found:
+        with suppress(OSError):  # a disk that does not give it
+            if _is_sound(path):
+                return path, _content(path)
+        terminal.say(f"mealfast: warning: {brief(str(path))} is damaged (checksum): passing over it")
+    if not found:
+        return None
+    best = folder / BEST
+    try:
+        step = read(best)["step"]
+    except UsageError:
+        raise UsageError(
+            f"{brief(str(folder))}: every checkpoint is damaged; start anew in another --run-dir"
+        ) from None
+    raise UsageError(
+        f"{brief(str(folder))}: every checkpoint is damaged but {BEST}, that of the best evaluation: go on from there, "
+        f"after {step} steps, by --resume {best}"
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain values only. Raises UsageError if it is no mealfast checkpoint."""
-    if not path.is_file():
-        raise UsageError(f"--resume {path}: no such file")
-    if (match := _NAME.fullmatch(path.name)) and _digest(path) != match[2]:
-        raise UsageError(f"--resume {path}: is damaged (checksum); name another, or use --resume auto")
+    what = f"--resume {brief(str(path))}"
+    try:
+        if not path.is_file():
+            raise UsageError(f"{what}: no such file")
+        if not _is_sound(path):
+            raise UsageError(f"{what}: is damaged (checksum); name another, or use --resume auto")
+    except OSError as error:
+        raise UsageError(f"{what}: cannot be read ({error.strerror})") from error
     return _content(path)
 
 
+def _is_sound(path: Path) -> bool:
+    """Whether the checksum is right: that of the name, or within best.pt; True for other names. Raises OSError."""
+    match = _NAME.fullmatch(path.name)
+    return _digest(path) == match[2] if match else path.name != BEST or is_whole(path)
+
+
 def _content(path: Path) -> dict[str, Any]:
+    what = f"--resume {brief(str(path))}"
     try:
-        content = weights.torch_load(path)
+        content = torch_load(path)
     except Exception as error:
-        raise UsageError(f"--resume {path}: cannot be read ({weights.why_unreadable(error)})") from error
+        raise UsageError(f"{what}: cannot be read ({why_unreadable(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"--resume {path}: is no mealfast checkpoint (one lies in a run directory's checkpoints/)")
+        raise UsageError(f"{what}: is no mealfast checkpoint (one lies in a run directory's checkpoints/)")
     step = content.get("step")
     if type(step) is not int or not 0 <= step < 2**53:
-        raise UsageError(f"--resume {path}: is damaged (its step is {step!r:.50})")
+        raise UsageError(f"{what}: is damaged (its step is {shown(step)})")
     return content
 
 

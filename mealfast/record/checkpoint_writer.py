@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mealfast.machine.files import replacing
 from mealfast.record import checkpoint
 
 
@@ -73,8 +72,7 @@ class CheckpointWriter:
         self._before()
         try:
             if self._owed_best is not None and not best:  # first: the checkpoint will say that it is there
-                with replacing(self._folder / "best.pt") as temporary:
-                    temporary.write_bytes(checkpoint.encode(*self._owed_best))
+                checkpoint.write_best(self._folder, checkpoint.encode(*self._owed_best), lambda: self._abandoned)
                 self._owed_best = None
             checkpoint.write(self._folder, step, content, self._keep, best=best, abandoned=lambda: self._abandoned)
         except InterruptedError:

@@ -6,7 +6,6 @@ Shape legend: B images, H and W pixels, C classes.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from mealfast.errors import RunError
+from mealfast.machine import terminal
 from mealfast.machine.append_log import AppendLog
-from mealfast.machine.files import replacing
+from mealfast.machine.files import parsed_object, replacing
 from mealfast.record.event_file import Board
 
 PERCENTILES = (10, 25, 50, 75, 90)  # of the paper's Fig. 8
@@ -37,7 +37,7 @@ class Telemetry:
         run_dir: Path,
         first_step: int,
         keep_line: Callable[[dict[str, Any]], bool],
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        say: Callable[[str], None] = terminal.say,
     ) -> None:
         """Starts at `first_step`: what an earlier process wrote and `keep_line` refuses is dropped, so that a resumed
         run's lines are those of one that never stopped. `say` is given warnings. Raises OSError."""
@@ -112,10 +112,10 @@ def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            content = json.loads(line)
+            content = parsed_object(line)
         except ValueError:
             continue  # the half line of a process that was killed
-        if isinstance(content, dict) and keep(content):
+        if type(content.get("step")) is int and keep(content):
             lines.append(line + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

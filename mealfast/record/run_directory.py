@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mealfast.errors import UsageError
-from mealfast.machine.files import words, write_json
+from mealfast.machine.files import brief, read_object, shown, words, write_json
 from mealfast.recipe import RESUMABLE_FIELDS, Recipe
 from mealfast.record import checkpoint
 from mealfast.record.metrics import Telemetry
@@ -33,9 +32,13 @@ class RunDirectory:
         if recipe.resume == "never":
             raise UsageError(f"--run-dir {self.path}: already holds a run; name another, or use --resume auto")
         try:
-            stored = json.loads(self.config.read_text(encoding="utf-8"))["recipe"]
-        except (ValueError, KeyError, TypeError) as error:
+            stored = read_object(self.config).get("recipe")
+        except OSError as error:
+            raise UsageError(f"{self.config}: cannot be read ({error.strerror}); name another --run-dir") from error
+        except ValueError as error:
             raise UsageError(f"{self.config}: is damaged; name another --run-dir") from error
+        if not isinstance(stored, dict):
+            raise UsageError(f"{self.config}: is damaged (its recipe); name another --run-dir")
         refuse_other_recipe(recipe, stored, f"--run-dir {self.path}: holds a run")
 
     def claim(self, config: dict[str, Any]) -> None:
@@ -69,6 +72,13 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
         if name not in stored or stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{what} with {flag} {words(stored.get(name))}, not {words(value)}: "
+                f"{what} with {flag} {_typed(stored.get(name))}, not {words(value)}: "
                 "use the same options or another --run-dir"
             )
+
+
+def _typed(value: object) -> str:
+    """A stored option as a user would type it; what no option can be, as Python writes it."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(item is None or isinstance(item, (str, int, float)) for item in items)
+    return brief(words(value)) if plain else shown(value)

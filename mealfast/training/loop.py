@@ -14,6 +14,7 @@ from mealfast.errors import RunError, UsageError
 from mealfast.labels.fit import check_fit
 from mealfast.labels.write_through import WriteThrough, write_plan
 from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
+from mealfast.machine import lock
 from mealfast.machine import processes as runtimes
 from mealfast.machine.files import write_json
 from mealfast.machine.processes import Runtime
@@ -44,12 +45,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Raises UsageError or DataError for what the user can mend, before anything is written.
     """
-    run_directory = RunDirectory(recipe.run_dir)
-    run_directory.check(recipe)
-    runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
-    summary = Run(recipe, runtime, run_directory).train()
-    # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
-    runtimes.stop()
+    with lock.hold(recipe.run_dir):
+        run_directory = RunDirectory(recipe.run_dir)
+        run_directory.check(recipe)
+        runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
+        summary = Run(recipe, runtime, run_directory).train()
+        # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
+        runtimes.stop()
     return summary
 
 

@@ -335,3 +335,41 @@ def test_saved_weights_load_with_plain_timm(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(model.model(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+# -- specs that timm or torch stumbles over ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("resnet18?act_layer=evil", "timm cannot build it: KeyError 'evil'"),
+        ("resnet18?norm_layer=x", "timm cannot build it: KeyError 'x'"),
+        ("resnet18?block=1", "timm cannot build it: 'int' object has no attribute 'expansion'"),
+        ("resnet18?block={}", "timm cannot build it: tuple index out of range"),
+        ("resnet18?layers=(1,)", "timm cannot build it: float division by zero"),
+        ("resnet18?layers=()", "the model does not run: 'ResNet' object has no attribute 'layer1'"),
+        ("resnet18?drop_rate=2", "the model does not run: dropout probability has to be between 0 and 1"),
+        ("test_resnet?num_classes=1000000000000", "timm cannot build it: "),
+        ("resnet18?a=" + "(" * 3000, "timm cannot build it: ResNet.__init__"),
+        ("resnet18@" + "a" * 5000, "cannot be read (File name too long)"),
+        ("\x1b[31mred\x07?a=1", r"'\x1b[31mred\x07?a=1': timm has no architecture"),
+        ("x" * 5000, "timm has no architecture"),
+    ],
+    ids=lambda value: value[:24].encode("unicode_escape").decode(),
+)
+def test_whatever_a_spec_breaks_is_one_line_that_names_it(spec, words):
+    """Not "change --size", where every size fails."""
+    with pytest.raises(UsageError) as caught:
+        models.probe(models.build(spec, 32), spec, 32)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(("model spec '", "checkpoint aaa"))
+    assert "change --size" not in message
+    assert message.isprintable()
+    assert len(message) < 800
+
+
+def test_a_classifier_without_dimensions_is_refused(state, tmp_path):
+    torch.save({**state, "fc.weight": torch.tensor(3.0)}, tmp_path / "w.pth")
+    assert "fc.weight has shape [], not [" in refusal(f"{NAME}@{tmp_path / 'w.pth'}")

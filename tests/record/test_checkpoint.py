@@ -41,9 +41,7 @@ def test_what_is_saved_is_read(tmp_path):
 
 def test_the_newest_are_kept_and_best_besides(tmp_path):
     for step in (1, 2, 3, 10, 100_000_000):
-        path = checkpoint.save(tmp_path, step, state(step), keep=2)
-        if step == 2:
-            checkpoint.mark_best(path)
+        checkpoint.save(tmp_path, step, state(step), keep=2, best=step == 2)
     assert steps(tmp_path) == [100_000_000, 10]
     assert float(checkpoint.read(tmp_path / "best.pt")["student"]["w"][0]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in checkpoint.candidates(tmp_path)} | {"best.pt"}
@@ -51,7 +49,7 @@ def test_the_newest_are_kept_and_best_besides(tmp_path):
 
 def test_best_is_replaced_whole(tmp_path):
     for step in (1, 2):
-        checkpoint.mark_best(checkpoint.save(tmp_path, step, state(step), keep=1))
+        checkpoint.save(tmp_path, step, state(step), keep=1, best=True)
         assert checkpoint.read(tmp_path / "best.pt")["step"] == step
 
 
@@ -70,14 +68,53 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, capfd, dama
     assert "damaged" in line
 
 
+@pytest.mark.parametrize("damage", ["overwritten", "truncated"])
+def test_the_best_survives_what_happens_to_the_others_and_is_named(tmp_path, capfd, damage):
+    """Damage in place, which a hard link would share."""
+    checkpoint.save(tmp_path, 1, state(1), keep=2, best=True)
+    checkpoint.save(tmp_path, 2, state(2), keep=2)
+    for path in checkpoint.candidates(tmp_path):
+        with path.open("rb+") as file:
+            file.truncate(1000) if damage == "truncated" else file.write(b"\0" * 4096)
+    with pytest.raises(UsageError) as caught:
+        checkpoint.newest(tmp_path)
+    best = tmp_path / "best.pt"
+    assert str(caught.value) == (
+        f"{tmp_path}: every checkpoint is damaged but best.pt, that of the best evaluation: go on from there, after 1 "
+        f"steps, by --resume {best}"
+    )
+    assert len(capfd.readouterr().err.splitlines()) == 2
+    assert float(checkpoint.read(best)["student"]["w"][0]) == 1
+    flip_a_bit(best)  # inside the tensor, where torch reads on
+    with pytest.raises(UsageError, match="every checkpoint is damaged; start anew in another --run-dir"):
+        checkpoint.newest(tmp_path)
+    with pytest.raises(UsageError, match=r"best\.pt: is damaged \(checksum\)"):
+        checkpoint.read(best)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_no_moment_of_a_kill_leaves_a_best_that_is_neither_the_old_nor_the_new(tmp_path, monkeypatch, kept):
+    """The process ends at each rename in turn: best.pt is whole, and not older than a checkpoint says."""
+    checkpoint.save(tmp_path, 1, {**state(1), "best": 1}, keep=kept, best=True)
+    replace, seen = Path.replace, []
+
+    def look(self, target):
+        seen.append((checkpoint.read(tmp_path / "best.pt")["step"], steps(tmp_path)))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", look)
+    checkpoint.save(tmp_path, 2, {**state(2), "best": 2}, keep=kept, best=True)
+    assert seen == [(1, [1]), (2, [1])]
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 2
+
+
 def test_a_run_that_went_back_keeps_what_it_writes_and_not_what_lay_ahead(tmp_path):
     """After a damaged newest checkpoint or `--resume PATH` the steps written next are older than what lies there."""
     for step in (10, 20, 30):
         checkpoint.save(tmp_path, step, state(step), keep=3)
     flip_a_bit(checkpoint.candidates(tmp_path)[0])
-    path = checkpoint.save(tmp_path, 15, state(-1), keep=1)
+    checkpoint.save(tmp_path, 15, state(-1), keep=1, best=True)
     assert steps(tmp_path) == [15]
-    checkpoint.mark_best(path)
     assert checkpoint.newest(tmp_path)[1]["step"] == 15
 
 
