@@ -4,18 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from timm.data import ImageNetInfo
 
 from mealfast.errors import UsageError
-from mealfast.loaders import ImageIndex
+from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
+from mealfast.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Splits:
+    """The two indexes of a data folder."""
+
     train: ImageIndex
     val: ImageIndex
+
+
+class Written(Protocol):
+    """The views of a label cache that a run writes."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def views(self) -> int: ...
+
+
+def view_plan(
+    recipe: Recipe, index: ImageIndex, *, cache: LabelCache | None = None, writing: Written | None = None
+) -> ViewPlan | ExplicitViews:
+    """The views of a recipe's training images: its own, those of the label cache that it reads, or of the one that it
+    writes."""
+    if cache and cache.header.explicit:
+        return ExplicitViews(
+            index.widths, index.heights, cache, seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation
+        )
+    return ViewPlan(
+        index.widths,
+        index.heights,
+        seed=cache.header.plan["seed"] if cache else writing.seed if writing else recipe.seed,
+        size=recipe.size,
+        scale=recipe.crop_scale,
+        ratio=recipe.crop_ratio,
+        flip=recipe.flip,
+        interpolation=recipe.interpolation,
+        cycle=cache.header.views if cache else writing.views if writing else None,
+    )
 
 
 def scan_splits(root: str, *, workers: int | None = None, progress: bool = False) -> Splits:

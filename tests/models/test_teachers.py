@@ -20,7 +20,9 @@ from mealfast.models.layout import Layout, LayoutStore, choose
 from mealfast.recipe import make_recipe
 from mealfast.record.checkpoint import newest
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run, train
+from mealfast.training.assemble import make_job
+from mealfast.training.loop import train
+from mealfast.training.resume import find
 
 CPU = runtimes.start("cpu")
 LAYOUTS = [Layout(memory, dtype, False) for memory in teacher_layout.FORMATS for dtype in ("float32", "bfloat16")]
@@ -131,20 +133,22 @@ def test_a_run_prints_keeps_and_reuses_its_layouts(options, capfd, monkeypatch, 
         assert store.get(teacher["key"], False).to_json()["layout"] == teacher["layout"]
         other = "contiguous" if teacher["layout"]["memory_format"] == "channels_last" else "channels_last"
         store.put(teacher["key"], teacher_layout.Choice(Layout(other, "float32", False), {}))
-    run = Run(make_recipe(**options), CPU, RunDirectory(options["run_dir"]))
-    assert run.layouts == newest(run.directory.checkpoints)[1]["layouts"]
-    for report, teacher in zip(run.teacher_reports, config["teachers"], strict=True):
+    directory = RunDirectory(options["run_dir"])
+    job, _, _ = make_job(make_recipe(**options), CPU, directory)
+    assert find(job.recipe, directory).layouts == newest(directory.checkpoints)[1]["layouts"]
+    for report, teacher in zip(job.reports, config["teachers"], strict=True):
         assert report.to_json()["layout"] == teacher["layout"]
-    fresh = Run(make_recipe(**{**options, "run_dir": str(tmp_path / "new")}), CPU, RunDirectory(tmp_path / "new"))
-    for report, teacher in zip(fresh.teacher_reports, config["teachers"], strict=True):
+    new = RunDirectory(tmp_path / "new")
+    fresh, _, _ = make_job(make_recipe(**{**options, "run_dir": str(new.path)}), CPU, new)
+    for report, teacher in zip(fresh.reports, config["teachers"], strict=True):
         assert report.to_json()["layout"] != teacher["layout"]
         assert report.choice.remembered
 
 
 def test_without_tuning_nothing_is_measured(options, monkeypatch):
     monkeypatch.setattr(teacher_setup, "measure_layouts", None)
-    run = Run(make_recipe(**options, tune_teachers=False), CPU, RunDirectory(options["run_dir"]))
-    assert {str(report.choice.layout) for report in run.teacher_reports} == {"channels_last, float32, eager"}
+    job, _, _ = make_job(make_recipe(**options, tune_teachers=False), CPU, RunDirectory(options["run_dir"]))
+    assert {str(report.choice.layout) for report in job.reports} == {"channels_last, float32, eager"}
 
 
 def parities(logits, reference):
@@ -169,13 +173,14 @@ def test_parity_is_the_mean_difference_and_the_share_that_agrees():
 
 def test_a_teacher_that_needs_float32_gets_it(options, weights, needs_float32, capfd):
     specs = (f"test_resnet@{needs_float32}", f"test_resnet@{weights('test_resnet', 3)}")
-    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "bf16"}), CPU, RunDirectory(options["run_dir"]))
-    fine, other = run.teacher_reports
+    recipe = make_recipe(**{**options, "teachers": specs, "amp": "bf16"})
+    job, _, _ = make_job(recipe, CPU, RunDirectory(options["run_dir"]))
+    fine, other = job.reports
     assert (fine.choice.layout.dtype, fine.parity.agreement) == ("float32", 1.0)
     assert "bfloat16" in str(other.choice.images_per_second)
     (note,) = (line for line in capfd.readouterr().err.splitlines() if "is taken in float32" in line)
     assert str(needs_float32) in note
-    dtypes = [next(teacher.model.parameters()).dtype for teacher in run.parts.teachers.module.teachers]
+    dtypes = [next(teacher.model.parameters()).dtype for teacher in job.teachers.module.teachers]
     assert dtypes == [torch.float32, teacher_layout.DTYPES[other.choice.layout.dtype]]
 
 

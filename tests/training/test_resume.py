@@ -16,9 +16,9 @@ from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training.loop import train
-from mealfast.training.step import TrainStep
+from mealfast.training.step import Step
 
-from ..runs import assert_same_run, differences, last, lines, lines_but_speeds
+from ..runs import assert_same_run, die, differences, last, lines, lines_but_speeds
 
 TOTAL = 9  # steps: 3 epochs of 3
 
@@ -76,16 +76,16 @@ def test_dropout_matters_to_the_test_above(everything, tmp_path):
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(everything, whole, tmp_path, monkeypatch):
     """Steps, lines and half-written files after the last checkpoint are as if they had never been."""
-    folder, step = tmp_path / "killed", TrainStep.__call__
+    folder, step = tmp_path / "killed", Step.__call__
     with monkeypatch.context() as patch:
 
         def dies(self, batch, number):
             if number == 5:
-                raise MemoryError("killed here")
+                die()
             return step(self, batch, number)
 
-        patch.setattr(TrainStep, "__call__", dies)
-        with pytest.raises(MemoryError):
+        patch.setattr(Step, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
             run(everything, folder, checkpoint_every=4)
     assert last(folder)["step"] == 4
     metrics = folder / "metrics.jsonl"
