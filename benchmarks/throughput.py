@@ -36,7 +36,6 @@ from label_cache import random_cache
 from timm_style import TimmStyle
 
 from mealfast.errors import UsageError
-from mealfast.labels.write_through import WritePlan
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
 from mealfast.machine.precision import name_of, precision
@@ -253,7 +252,7 @@ def mealfast_cached(args, runtime, recipe, job, data, scratch) -> Contender:
     cache = scratch / f"cache-{recipe.size}"
     if not cache.exists():
         made = {"views": 1, "top_k": 10, "classes": job.student.num_classes, "loader": recipe.loader}
-        plan = view_plan(recipe, job.data.train, writing=WritePlan(0, 1, 10, recipe.seed))
+        plan = view_plan(recipe, job.data.train, cycle=1)
         random_cache(cache, job.data.train, plan, argparse.Namespace(**made))
     fields = {name: value for name, value in recipe.to_json().items() if name not in ("teachers", "lr_decay_epochs")}
     fields |= {"label_cache": str(cache), "run_dir": str(scratch / "cached-run")}

@@ -85,7 +85,13 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
     calendar = Calendar.of(recipe, len(data.train))
     if calendar.steps_per_epoch == 0:
         raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
-    views = view_plan(recipe, data.train, cache=label_cache, writing=writing)
+    views = view_plan(
+        recipe,
+        data.train,
+        label_cache,
+        seed=writing.seed if writing else None,
+        cycle=writing.views if writing else None,
+    )
     if label_cache is not None:
         check_fit(label_cache, recipe, views, data.train, student.num_classes)
     job = Job(

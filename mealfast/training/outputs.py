@@ -14,7 +14,7 @@ from mealfast.record.metrics import Telemetry
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training import report
 from mealfast.training.job import Job
-from mealfast.training.recording import Recording
+from mealfast.training.recording import RecordingTargets, recording_targets
 from mealfast.training.where import Where
 
 
@@ -23,7 +23,7 @@ class Outputs:
     directory."""
 
     directory: RunDirectory
-    recording: Recording | None  # the label cache that the run writes
+    recording: RecordingTargets | None  # the label cache that the run writes
     progress: Progress  # of the terminal; says nothing on other processes than the main one
     telemetry: Telemetry | None  # on the main process
     checkpoints: CheckpointWriter | None  # on the main process
@@ -33,7 +33,7 @@ class Outputs:
         """Claims label cache and run directory. Raises UsageError or DataError where one cannot be written."""
         self.directory = directory
         self.saved = where.step
-        self.recording = Recording(job) if job.writing else None
+        self.recording = recording_targets(job)
         self.telemetry = self.checkpoints = None
         self.progress = Progress(job.calendar.last, where.step, job.recipe.batch_size, enabled=job.runtime.is_main)
         with self._closed_on_error():
