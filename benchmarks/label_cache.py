@@ -34,9 +34,16 @@ from mealfast.loaders import (
 )
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
+from mealfast.method.inputs import CutMix, unmixed
+from mealfast.method.student import Student as Learner
+from mealfast.method.targets import GivenTargets
+from mealfast.models.normalised import build
 from mealfast.recipe import make_recipe
-from mealfast.training.job import assemble
-from mealfast.training.step import TrainStep
+from mealfast.training.meter import Meter
+from mealfast.training.optimiser import Optimiser
+from mealfast.training.step import Step
+from mealfast.training.step_calendar import Calendar
 
 CHANGES = {
     "hard-labels": {"hard_label_weight": 1.0},
@@ -119,7 +126,13 @@ class Student:
             label_cache=str(cache.folder) if reads else "", **CHANGES[name],
         )  # fmt: skip
         self.runtime, self.batch_size = runtime, args.batch_size
-        self.train_step = TrainStep(recipe, runtime, assemble(recipe, runtime), len(index) // args.batch_size)
+        compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
+        learner = Learner(recipe, runtime, build(recipe.student, recipe.size), compile=compiled)
+        self.meter = Meter(runtime.device)
+        self.train_step = Step(
+            recipe, 1, inputs=CutMix(0, 0) if recipe.cutmix else unmixed, target_source=GivenTargets(), student=learner,
+            optimiser=Optimiser(recipe, runtime, learner, Calendar.of(recipe, len(index)).lr_factor), meter=self.meter,
+        )  # fmt: skip
         self.loader = train_loader(
             args.loader, index, plan, batch_size=args.batch_size, stop_step=1 << 40, device=runtime.device,
             threads=args.threads, label_cache=cache if reads else None,
@@ -143,7 +156,7 @@ class Student:
         self.step += 1
 
     def wait(self) -> None:
-        self.train_step.meter.tolist()
+        self.meter.sums.tolist()
 
     def close(self) -> None:
         self.batches.close()
@@ -152,7 +165,7 @@ class Student:
 
 def measure(index, plan, cache, args):
     """One row a student, then one with the ratios."""
-    runtime = runtimes.start(args.device, args.amp)
+    runtime = runtimes.start(args.device)
     students = {name: Student(name, index, plan, cache, runtime, args) for name in args.names}
     for student in students.values():
         student.turn(args.seconds / 2)  # compiles, fills queues, reads the cache once
@@ -164,7 +177,8 @@ def measure(index, plan, cache, args):
         student.close()
     settings = {
         "rounds": args.rounds, "student": args.student, "size": args.size, "batch_size": args.batch_size,
-        "loader": args.loader, "threads": args.threads, "precision": runtime.precision, "device": args.device,
+        "loader": args.loader, "threads": args.threads, "device": args.device,
+        "precision": name_of(precision(args.amp, runtime.device)),
         "images": len(index), "views": args.views, "top_k": args.top_k, "classes": args.classes,
     }  # fmt: skip
     for name, values in rates.items():

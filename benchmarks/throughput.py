@@ -36,15 +36,16 @@ from label_cache import random_cache
 from timm_style import TimmStyle
 
 from mealfast.errors import UsageError
-from mealfast.loaders import ViewPlan
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.measure import stages
+from mealfast.method.data import view_plan
 from mealfast.models.spec import parse as parse_spec
 from mealfast.recipe import RECIPES, Recipe, make_recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run
+from mealfast.training.assemble import make_job
 
 RECIPE_OF_SIZE = {224: "resnet50-224", 380: "resnet50-380"}
 
@@ -63,7 +64,7 @@ class Contender:
 
 def main() -> None:
     args = parse()
-    runtime = runtimes.start(args.device, args.amp)
+    runtime = runtimes.start(args.device)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mealfast-benchmark-")))
         try:
@@ -125,22 +126,23 @@ def measure_size(
     """Rows of one size: the contenders at --batch in turns, the stages, then mealfast at the other batches."""
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
-        "size": size, "batch": args.batch, "precision": runtime.precision, "student": recipe.student,
-        "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs, "clocks": clocks(),
+        "size": size, "batch": args.batch, "precision": name_of(precision(args.amp, runtime.device)),
+        "student": recipe.student, "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs,
+        "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
-    run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
-    for report in run.teacher_reports:
+    job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
+    for report in job.reports:
         print(report, file=sys.stderr, flush=True)
-    layouts = [str(report.choice.layout) for report in run.teacher_reports]
+    layouts = [str(report.choice.layout) for report in job.reports]
     contenders = [
-        make(args, runtime, recipe, run, data, scratch) for name, make in MAKERS.items() if name in args.names
+        make(args, runtime, recipe, job, data, scratch) for name, make in MAKERS.items() if name in args.names
     ]
     rates = take_turns(contenders, args, runtime, args.batch)
     contender = None
     for contender in contenders:
         extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
-        extra |= {"precision": contender.precision or runtime.precision, "clocks": clocks()}
+        extra |= {"precision": contender.precision or facts["precision"], "clocks": clocks()}
         if contender.name == "mealfast-replayed" and "models-alone" in rates:
             pairs = zip(rates["mealfast-replayed"], rates["models-alone"], strict=True)
             extra["overhead"] = round(statistics.median(1 - step / models for step, models in pairs), 4)
@@ -148,11 +150,11 @@ def measure_size(
         contender.close()
     del contenders, contender
     if not args.no_stages:
-        for stage in stages.measure(run, args.seconds):
+        for stage in stages.measure(job, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
             rate = round(stage.images_per_second, 1)
             yield record(f"stage: {stage.name}", images_per_second=rate, spread=spread, **facts)
-    del run
+    del job
     for batch in args.sweep:
         free(runtime)
         try:
@@ -167,9 +169,9 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Rows of mealfast at another batch size."""
     recipe = dataclasses.replace(recipe, tune_teachers=False)
-    run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
+    job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
     names = [name for name in ("mealfast", "mealfast-replayed", "mealfast-cached") if name in args.names]
-    contenders = [MAKERS[name](args, runtime, recipe, run, data, scratch) for name in names]
+    contenders = [MAKERS[name](args, runtime, recipe, job, data, scratch) for name in names]
     rates = take_turns(contenders, args, runtime, recipe.batch_size)
     for contender in contenders:
         yield row(contender.name, rates[contender.name], facts | {"batch": recipe.batch_size})
@@ -198,10 +200,10 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
     )
 
 
-# --- the contenders: each takes (args, runtime, recipe, run, data, scratch) -------------------------------------------
+# --- the contenders: each takes (args, runtime, recipe, job, data, scratch) -------------------------------------------
 
 
-def baseline(args, runtime, recipe, run, data, scratch) -> Contender:
+def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
     made = Baseline(
         data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device, args.workers
     )
@@ -209,59 +211,53 @@ def baseline(args, runtime, recipe, run, data, scratch) -> Contender:
     return Contender("baseline", made.step, drain, made.close, settle=1.0, precision="float32")
 
 
-def timm_style(args, runtime, recipe, run, data, scratch) -> Contender:
+def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
     made = TimmStyle(
         data / "train", recipe.student, recipe.teachers[0], recipe.size, recipe.batch_size, runtime.device,
-        args.workers, runtime.amp_dtype,
+        args.workers, precision(args.amp, runtime.device),
     )  # fmt: skip
     return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)
 
 
-def mealfast(args, runtime, recipe, run, data, scratch) -> Contender:
-    loader = run.loader(0, 1 << 30)
+def mealfast(args, runtime, recipe, job, data, scratch) -> Contender:
+    loader, step = job.loader(0, 1 << 30), job.step()
     batches = iter(loader)
-    return Contender(
-        "mealfast", lambda: run.train_step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close
-    )
+    return Contender("mealfast", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close)
 
 
-def mealfast_replayed(args, runtime, recipe, run, data, scratch) -> Contender:
-    loader = run.loader(0, 1)
+def mealfast_replayed(args, runtime, recipe, job, data, scratch) -> Contender:
+    loader, step = job.loader(0, 1), job.step()
     batch = next(iter(loader))
     loader.close()
-    return Contender("mealfast-replayed", lambda: run.train_step(batch, 0))
+    return Contender("mealfast-replayed", lambda: step(batch, 0))
 
 
-def models_alone(args, runtime, recipe, run, data, scratch) -> Contender:
+def models_alone(args, runtime, recipe, job, data, scratch) -> Contender:
     """The teachers, and the student forward and backward: what of a step is not mealfast's own."""
-    loader = run.loader(0, 1)
+    loader = job.loader(0, 1)
     images = next(iter(loader)).images
     loader.close()
 
     def step() -> None:
-        run.parts.teachers(images)
-        logits = run.parts.trainee.logits(images)
+        job.teachers(images)
+        logits = job.student.logits(images)
         logits.backward(torch.ones_like(logits))
-        run.parts.optimizer.zero_grad(set_to_none=True)
+        job.optimiser.zero_grad()
 
     return Contender("models-alone", step)
 
 
-def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
+def mealfast_cached(args, runtime, recipe, job, data, scratch) -> Contender:
     """A run of its own from a label cache of random targets: one view, ten probabilities."""
     cache = scratch / f"cache-{recipe.size}"
     if not cache.exists():
-        index = run.data.train
-        plan = ViewPlan(
-            index.widths, index.heights, seed=recipe.seed, size=recipe.size, scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation, cycle=1,
-        )  # fmt: skip
-        made = {"views": 1, "top_k": 10, "classes": run.parts.student.num_classes, "loader": recipe.loader}
-        random_cache(cache, index, plan, argparse.Namespace(**made))
+        made = {"views": 1, "top_k": 10, "classes": job.student.num_classes, "loader": recipe.loader}
+        plan = view_plan(recipe, job.data.train, cycle=1)
+        random_cache(cache, job.data.train, plan, argparse.Namespace(**made))
     fields = {name: value for name, value in recipe.to_json().items() if name not in ("teachers", "lr_decay_epochs")}
     fields |= {"label_cache": str(cache), "run_dir": str(scratch / "cached-run")}
-    cached = Run(make_recipe(None, **fields), runtime, RunDirectory(scratch / "cached-run"))
-    loader = cached.loader(0, 1 << 30)
+    cached, _, _ = make_job(make_recipe(None, **fields), runtime, RunDirectory(scratch / "cached-run"))
+    loader, step = cached.loader(0, 1 << 30), cached.step()
     batches = iter(loader)
 
     def close() -> None:
@@ -269,9 +265,7 @@ def mealfast_cached(args, runtime, recipe, run, data, scratch) -> Contender:
         if recipe.batch_size != args.batch or not args.sweep:
             shutil.rmtree(cache, ignore_errors=True)
 
-    return Contender(
-        "mealfast-cached", lambda: cached.train_step(next(batches), 0), repeat(lambda: next(batches), 3), close
-    )
+    return Contender("mealfast-cached", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), close)
 
 
 MAKERS = {

@@ -55,6 +55,10 @@ class Recipe:
         None, "data", "decoding threads per process; none: its share of the cores", metavar="N"
     )
 
+    loader_timeout: int = option(
+        300, "data", "seconds without one image after which the run saves and ends", metavar="SECONDS"
+    )
+
     # Method
     discriminator: str | None = option(
         None,
@@ -162,7 +166,7 @@ class Recipe:
         for option_field in fields(self):
             self._check_choice(option_field)
         positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        positive += ("collective_timeout", "max_bad_steps")
+        positive += ("collective_timeout", "max_bad_steps", "loader_timeout")
         for name in positive:
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
         for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
@@ -243,12 +247,14 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-# Fields that decide neither the weights nor the metrics, or only how far a run goes: a resumed run may change them.
+# Fields that decide neither the weights nor the metrics, only how far a run goes, or what is due from now on: a resumed
+# run may change them (more --epochs, not fewer).
 RESUMABLE_FIELDS = frozenset(
     {
         "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
         "collective_timeout", "max_bad_steps",
-        "cuda_graphs", "tune_teachers", "stage_report",
+        "cuda_graphs", "tune_teachers", "stage_report", "loader_timeout",
+        "epochs", "log_every", "eval_every",
     }
 )  # fmt: skip
 

@@ -29,9 +29,11 @@ def train_command(argv: list[str]) -> int:
     """Parses the options, runs the recipe. Exit status 0, or 2 for a wrong option or file."""
     recipe = recipe_from(make_parser().parse_args(argv))
 
-    from mealfast.training.loop import train  # torch and timm take seconds to import: not for --help and typing errors
+    # torch and timm take seconds to import: not for --help and typing errors.
+    from mealfast.measure.forecast import stage_report
+    from mealfast.training.loop import train
 
-    train(recipe)
+    train(recipe, stage_report if recipe.stage_report else None)
     return 0
 
 

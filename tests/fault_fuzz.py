@@ -5,7 +5,6 @@ Each kind runs in a forked process of its own, with a limit on its memory and on
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import io
 import json
@@ -33,7 +32,9 @@ from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run, train
+from mealfast.training import resume
+from mealfast.training.assemble import make_job
+from mealfast.training.loop import train
 
 MEMORY = 2 << 30  # bytes beyond what the process has when it starts
 SECONDS = 20  # for one mutation
@@ -139,13 +140,15 @@ def checkpoints(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
     (path,) = checkpoint.candidates(folder / "run" / "checkpoints")
     data, target = path.read_bytes(), folder / "c.pt"
     recipe = make_recipe(**{**fields, "resume": str(target)})
-    run = Run(make_recipe(**fields), runtimes.start("cpu", "off"), RunDirectory(folder / "run"))
+    directory = RunDirectory(folder / "run")
+    job, _, _ = make_job(make_recipe(**fields), runtimes.start("cpu"), directory)
     yield ""
     for number in range(times):
         target.write_bytes(mutate(data, rng) if number % 2 else mutated_member(data, rng))
-        run.recipe = dataclasses.replace(recipe)
         try:
-            run._resume()
+            found = resume.find(recipe, directory)
+            resume.calendar(recipe, len(job.data.train), found)
+            resume.take_up(found, job)
             yield "taken up"
         except UsageError as error:
             yield one_line(error)

@@ -11,7 +11,7 @@ import fault_runs
 
 import mealfast.training.loop
 from mealfast.recipe import make_recipe
-from mealfast.training.step import TrainStep
+from mealfast.training.step import Step
 
 SETTLED = 1000  # steps after which memory is flat
 EVERY = 250  # steps between two looks
@@ -22,7 +22,7 @@ def campaign(times: int, seed: int) -> dict[str, object]:
     """`times` steps. Raises AssertionError where memory or files grow, or an order repeats."""
     curve: dict[int, tuple[int, int]] = {}  # step -> (resident MiB / 1024, open files)
     orders: list[int] = []
-    step = TrainStep.__call__
+    step = Step.__call__
     seen: list[int] = []
 
     def watched(self, batch, number):
@@ -38,7 +38,7 @@ def campaign(times: int, seed: int) -> dict[str, object]:
             seen.clear()
         return step(self, batch, number)
 
-    TrainStep.__call__ = watched
+    Step.__call__ = watched
     with tempfile.TemporaryDirectory(prefix="mealfast-soak-") as name:
         root = Path(name)
         fields = fault_runs.tiny_fields(

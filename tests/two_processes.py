@@ -15,29 +15,29 @@ import torch
 from mealfast.machine.processes import start, stop
 from mealfast.recipe import make_recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run
-from mealfast.training.step import TrainStep
+from mealfast.training.loop import run
+from mealfast.training.step import Step
 
 
 def main() -> None:
-    runtime = start("cpu", "off")
-    step = TrainStep.__call__
+    runtime = start("cpu")
+    step, folder = Step.__call__, Path()
 
     def recorded(self, batch, number):
         """Also writes which images this process was given at each step."""
-        folder = Path(self.recipe.run_dir)
         with (folder / f"indices-{runtime.rank}.jsonl").open("a") as file:
             file.write(json.dumps([number, batch.indices.tolist()]) + "\n")
         return step(self, batch, number)
 
-    TrainStep.__call__ = recorded
+    Step.__call__ = recorded
     for fields in json.loads(Path(sys.argv[1]).read_text()):
         recipe = make_recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
         torch.manual_seed(123 + runtime.rank)  # processes that agree must owe it to the recipe's seed
         directory = RunDirectory(recipe.run_dir)
         directory.check(recipe)
         runtime.barrier()
-        Run(recipe, runtime, directory).train()
+        folder = directory.path
+        run(recipe, runtime, directory)
         runtime.barrier()
     stop()
 

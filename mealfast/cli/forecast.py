@@ -40,23 +40,21 @@ def forecast_command(argv: list[str]) -> int:
     from mealfast.machine import processes as runtimes
     from mealfast.measure import forecast
     from mealfast.record.run_directory import RunDirectory
-    from mealfast.training import report as run_report
-    from mealfast.training.loop import Run
+    from mealfast.training import report
+    from mealfast.training.assemble import make_job
 
-    runtime = runtimes.start(recipe.device, recipe.amp)
+    runtime = runtimes.start(recipe.device)
     try:
-        run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
+        job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
 
         def say(line: str) -> None:
             if runtime.is_main:
                 print(line, flush=True)
 
-        for line in run_report.introduction(recipe, runtime, run.parts, run.data, run.steps_per_epoch):
+        for line in report.introduction(job):
             say(line)
-        for report in run.teacher_reports:
-            say(str(report))
-        made = forecast.forecast(run, options.seconds, say)
-        for line in forecast.lines(run, made, options.gpus):
+        made = forecast.forecast(job, options.seconds, say)
+        for line in forecast.lines(job, made, options.gpus):
             say(line)
         if options.json:
             say(json.dumps(made.to_json()))

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,6 @@ from mealfast.machine.processes import Runtime
 from mealfast.recipe import Recipe
 from mealfast.record import checkpoint
 from mealfast.record.console import size_text
-from mealfast.training.job import Parts
 
 TOP_K = 10
 QUEUED = 64  # steps whose targets may wait for the disk, before training waits too
@@ -116,19 +114,13 @@ class WriteThrough:
     """The label cache that a run writes, and from epoch V on reads: `cache`. Close it to let go of the folder."""
 
     def __init__(
-        self, recipe: Recipe, runtime: Runtime, parts: Parts, index: ImageIndex, views: ViewPlan, plan: WritePlan,
-        layouts: dict[str, Any],
+        self, recipe: Recipe, runtime: Runtime, teachers: LabelTeachers, index: ImageIndex, views: ViewPlan,
+        plan: WritePlan,
     ) -> None:  # fmt: skip
-        """Claims the cache, all processes together; `layouts` are the teachers'. Raises UsageError or DataError: it is
-        of other targets."""
+        """Claims the cache, all processes together. Raises UsageError or DataError: it is of other targets."""
         self.recipe, self.runtime, self.index, self.views, self.plan = recipe, runtime, index, views, plan
         self.rows = recipe.batch_size // runtime.world_size // recipe.accumulate  # that the teachers see at once
-        described = tuple(
-            {"spec": spec, "digest": digest}
-            for spec, digest in zip(parts.live_teachers, parts.teacher_digests, strict=True)
-        )
-        classes = parts.student.num_classes
-        self.teachers = LabelTeachers(parts.teachers, described, classes, parts.compiled, layouts)
+        self.teachers, classes = teachers, teachers.classes
         top_k = plan.top_k or min(TOP_K, classes)
         if top_k > classes:
             raise UsageError(

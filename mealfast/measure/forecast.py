@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mealfast.machine import memory
 from mealfast.measure import stages
 from mealfast.measure.stages import Stage
+from mealfast.recipe import Recipe
 from mealfast.record.console import size_text
-from mealfast.training import resume as run_state
-
-if TYPE_CHECKING:
-    from mealfast.training.loop import Run
+from mealfast.training.job import Job
+from mealfast.training.resume import capture, restore
+from mealfast.training.where import Where
 
 HOUR = 3600.0
 _FASTER_LOADER = 1.03  # a loader this much faster than the step is none that a step waits for
@@ -37,25 +37,27 @@ class Forecast:
         return {**vars(self), "stages": [stage.to_json() for stage in self.stages.values()]}
 
 
-def forecast(run: Run, seconds: float, say: Callable[[str], None] = lambda line: None) -> Forecast:
-    """Measures `run` for about `seconds` a stage, saying a line for each. The run goes on as if nothing had been."""
-    state = copy.deepcopy(run_state.capture(run.runtime, run.parts, run.train_step))
-    peak = memory.Peak(run.runtime.device)
+def forecast(job: Job, seconds: float, say: Callable[[str], None] = lambda line: None, first: int = 0) -> Forecast:
+    """Measures a job for about `seconds` a stage, saying a line for each; `first` steps of it are taken already. The
+    run goes on as if nothing had been."""
+    runtime, calendar, recipe = job.runtime, job.calendar, job.recipe
+    state = copy.deepcopy(capture(job))
+    peak = memory.Peak(runtime.device)
     found: dict[str, Stage] = {}
     try:
         say(f"{'stage':<44} {'images/s':>10}  {'quartiles':>17}  {'ms/step':>9}")
-        for stage in stages.measure(run, seconds):
+        for stage in stages.measure(job, seconds, first):
             found[stage.name] = stage
             spread = f"{stage.p25:,.1f} to {stage.p75:,.1f}"
             say(f"{stage.name:<44} {stage.images_per_second:>10,.1f}  {spread:>17}  {1e3 * stage.seconds:>9,.2f}")
     finally:
-        run_state.restore(state, run.runtime, run.parts, run.train_step, "the stage report")
-    weights = sum(p.numel() * p.element_size() for group in run.parts.optimizer.param_groups for p in group["params"])
-    fixed, capacity = peak.before + 2 * weights, memory.capacity(run.runtime.device)  # + gradients and momentum
-    local = run.recipe.batch_size // run.runtime.world_size
+        restore(state, job, "the stage report")
+    weights = sum(p.numel() * p.element_size() for p in job.student.parameters())
+    fixed, capacity = peak.before + 2 * weights, memory.capacity(runtime.device)  # + gradients and momentum
+    local = recipe.batch_size // runtime.world_size
     fits = None if capacity is None else memory.largest_batch(peak.bytes(), fixed, local, capacity)
-    steps, images = run.total_steps - run.step, len(run.data.train) * run.recipe.epochs
-    evaluating = _evaluation_seconds(run, found)
+    steps, images = calendar.total_steps - first, len(job.data.train) * recipe.epochs
+    evaluating = _evaluation_seconds(recipe, len(job.data.val), found)
     cached, ensemble = found.get(stages.CACHED_STEP), found.get(stages.ENSEMBLE)
     labelling = None if ensemble is None else min(ensemble.images_per_second, found[stages.DECODE].images_per_second)
     return Forecast(
@@ -66,8 +68,15 @@ def forecast(run: Run, seconds: float, say: Callable[[str], None] = lambda line:
         None if labelling is None else images / labelling / HOUR,
         peak.bytes(),
         capacity,
-        None if fits is None else fits * run.runtime.world_size,
+        None if fits is None else fits * runtime.world_size,
     )
+
+
+def stage_report(job: Job, where: Where, say: Callable[[str], None]) -> None:
+    """What `--stage-report` shows before the first step: a second a stage, and the forecast made of it. Every process
+    must call it."""
+    for line in lines(job, forecast(job, 1.0, say, where.step), first=where.step):
+        say(line)
 
 
 def bottleneck(found: Sequence[Stage]) -> str:
@@ -84,18 +93,18 @@ def bottleneck(found: Sequence[Stage]) -> str:
     return f"{largest.name}: {100 * largest.seconds / step.seconds:.0f}% of the step"
 
 
-def lines(run: Run, made: Forecast, gpus: int | None = None) -> list[str]:
+def lines(job: Job, made: Forecast, gpus: int | None = None, first: int = 0) -> list[str]:
     """The forecast in words; `gpus` adds the hours on so many, if speed grows with their number."""
-    processes, device = run.runtime.world_size, run.runtime.device.type
+    processes, device, recipe = job.runtime.world_size, job.runtime.device.type, job.recipe
     found = [f"bottleneck: {made.bottleneck}"]
     here = f"{processes} x {device}"
-    left = f"{run.total_steps - run.step:,} steps of {run.recipe.batch_size} and their evaluations"
-    found.append(f"live teachers: {_duration(made.hours)} for {left} on {here}" if run.parts.live_teachers else
-                 f"{_duration(made.hours)} for {left} on {here}")  # fmt: skip
-    if made.cached_hours is not None:
+    left = f"{job.calendar.total_steps - first:,} steps of {recipe.batch_size} and their evaluations"
+    live = "live teachers: " if job.live_teachers else ""
+    found.append(f"{live}{_duration(made.hours)} for {left} on {here}")
+    if made.cached_hours is not None and made.cache_build_hours is not None:
         found.append(
             f"from a label cache: {_duration(made.cached_hours)} a student, after {_duration(made.cache_build_hours)} "
-            f"once for a cache of {run.recipe.epochs} views"
+            f"once for a cache of {recipe.epochs} views"
         )
     if gpus:
         scale = processes / gpus
@@ -108,13 +117,12 @@ def lines(run: Run, made: Forecast, gpus: int | None = None) -> list[str]:
     return found
 
 
-def _evaluation_seconds(run: Run, found: dict[str, Stage]) -> float:
-    recipe = run.recipe
+def _evaluation_seconds(recipe: Recipe, images: int, found: dict[str, Stage]) -> float:
     times = 1 + recipe.eval_start + ((recipe.epochs - 1) // recipe.eval_every if recipe.eval_every else 0)
     # The teachers run in the first evaluation only.
     teachers = 1 / found[stages.ENSEMBLE].images_per_second if stages.ENSEMBLE in found else 0.0
     each = max(1 / found[name].images_per_second for name in (stages.FORWARD, stages.DECODE))
-    return len(run.data.val) * (times * each + teachers)
+    return images * (times * each + teachers)
 
 
 def _duration(hours: float) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,10 +19,9 @@ from mealfast.kernels import ensemble_topk
 from mealfast.loaders import Batch
 from mealfast.machine.cuda_graphs import eager_steps
 from mealfast.machine.processes import Runtime
-from mealfast.training.step import TrainStep
-
-if TYPE_CHECKING:
-    from mealfast.training.loop import Run
+from mealfast.method.inputs import unmixed
+from mealfast.method.targets import GivenTargets, LiveTargets, Target
+from mealfast.training.job import Job
 
 WINDOWS = 5  # of which the median counts
 _TOP_K = 10  # entries of a cached target, as `mealfast labels build` keeps by default
@@ -45,43 +45,43 @@ class Stage:
         return asdict(self)
 
 
-def measure(run: Run, seconds: float) -> Iterator[Stage]:
-    """Yields the stages as they are measured, `seconds` each (warm-up apart). It trains: nothing of it is kept.
+def measure(job: Job, seconds: float, first: int = 0) -> Iterator[Stage]:
+    """Yields the stages as they are measured, `seconds` each (warm-up apart), with batches from the step `first` on. It
+    trains: nothing of it is kept.
 
     Every process must call it. Live teachers or none: a run from a label cache has no teacher's stages.
     """
-    timer = Timer(run.runtime, run.recipe.batch_size, seconds)
-    parts, train_step, steps = run.parts, run.train_step, itertools.count(run.step)
-    loader = run.loader(run.step, run.step + 1_000_000)
+    timer = Timer(job.runtime, job.recipe.batch_size, seconds)
+    student, optimiser, step, steps = job.student, job.optimiser, job.step(), itertools.count(first)
+    loader = job.loader(first, first + 1_000_000)
     try:
         batches = iter(loader)
         yield timer(DECODE, lambda: next(batches))
         batch = next(batches)
         images = batch.images
-        yield from _teachers(run, timer, images)
+        yield from _teachers(job, timer, images)
 
         def forward() -> torch.Tensor:
-            return parts.trainee.logits(images)
+            return student.logits(images)
 
         def forward_backward() -> None:
             logits = forward()
             logits.backward(torch.ones_like(logits))
-            parts.optimizer.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
 
         yield timer(FORWARD, forward)
         yield timer(FORWARD_BACKWARD, forward_backward)
-        yield timer(LOSS, _loss(run, batch, forward().detach()))
-        yield timer(STEP_REPLAYED, lambda: train_step(batch, next(steps)))
-        yield timer(OPTIMISER, train_step.update)  # with the last step's gradients
-        yield timer(STEP, lambda: train_step(next(batches), next(steps)))
-        if parts.teachers:
-            targets = _targets(run, images)
-            cached = TrainStep(run.recipe, run.runtime, replace(parts, teachers=None), run.steps_per_epoch)
+        yield timer(LOSS, _loss(job, batch, forward().detach()))
+        yield timer(STEP_REPLAYED, lambda: step(batch, next(steps)))
+        yield timer(OPTIMISER, optimiser.finish)  # with the last step's gradients
+        yield timer(STEP, lambda: step(next(batches), next(steps)))
+        if job.teachers:
+            targets = _top_k(job.teachers(images))
+            cached = job.step(GivenTargets())
             yield timer(CACHED_STEP, lambda: cached(replace(next(batches), targets=targets), next(steps)))
     finally:
         loader.close()
-        parts.optimizer.zero_grad(set_to_none=True)
-        train_step.start_anew()  # gradients that a CUDA graph has captured are gone
+        optimiser.zero_grad()
 
 
 class Timer:
@@ -124,35 +124,37 @@ class Timer:
             torch.cuda.synchronize(self.runtime.device)
 
 
-def _teachers(run: Run, timer: Timer, images: torch.Tensor) -> Iterator[Stage]:
-    ensemble = run.parts.teachers
+def _teachers(job: Job, timer: Timer, images: torch.Tensor) -> Iterator[Stage]:
+    ensemble = job.teachers
     if ensemble is None:
         return
     with torch.no_grad():
         members = ensemble.module.teachers
         if len(members) > 1:
-            for report, teacher in zip(run.teacher_reports, members, strict=True):
+            for report, teacher in zip(job.reports, members, strict=True):
                 # Alone it is compiled alone; the ensemble below is what a step runs.
                 call = torch.compile(teacher, dynamic=False) if report.choice.layout.compiled else teacher
-                yield timer(f"teacher {report.spec}", lambda call=call: call(images))
+                yield timer(f"teacher {report.spec}", partial(call, images))
         yield timer(ENSEMBLE, lambda: ensemble(images))
 
 
-def _loss(run: Run, batch: Batch, logits: torch.Tensor) -> Callable[[], None]:
+def _loss(job: Job, batch: Batch, logits: torch.Tensor) -> Callable[[], None]:
     """Loss with discriminator and the gradient of both, on fixed logits [B, C]."""
     logits.requires_grad_()
-    teachers = [one.clone() for one in run.parts.teachers(batch.images)] if run.parts.teachers else []
-    cached = batch.targets or ()
+    part = unmixed(batch, batch.targets or (), 0)
+    source = LiveTargets(job.teachers) if job.teachers else GivenTargets()
+    said = source(part)
+    target = Target([one.clone() for one in said.logits], said.top_k)  # a CUDA graph would overwrite them
 
     def call() -> None:
-        loss, _ = run.parts.trainee.objective(logits, teachers, 1.0, batch.labels, batch.labels, cached)
+        loss, _ = job.student.objective(logits, target, part)
         loss.backward()
         logits.grad = None
 
     return call
 
 
-def _targets(run: Run, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int32 [B, k] and probabilities float32 [B, k], as a label cache would bring them."""
-    logits = run.parts.teachers(images)
-    return ensemble_topk(logits, min(_TOP_K, logits[0].shape[1]))
+def _top_k(logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """K logits [B, C] -> ids int32 [B, k] and probabilities float32 [B, k], as a label cache would bring them."""
+    ids, probabilities = ensemble_topk(logits, min(_TOP_K, logits[0].shape[1]))
+    return ids, probabilities

@@ -16,7 +16,7 @@ _SMALLEST = 2.0**-24
 
 
 def soft_cross_entropy(
-    student_logits: torch.Tensor, kept: float, cached: Sequence[torch.Tensor]
+    student_logits: torch.Tensor, kept: float | torch.Tensor, cached: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean soft cross-entropy and KL (float32 scalars; no gradient through the KL) of logits [B, C].
 
@@ -31,7 +31,7 @@ def soft_cross_entropy(
     return loss, loss.detach() - entropy
 
 
-def dense_target(classes: int, kept: float, cached: Sequence[torch.Tensor]) -> torch.Tensor:
+def dense_target(classes: int, kept: float | torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
     """float32 [B, C]: the cached target with the rest spread evenly; under CutMix the mixture of both images'."""
     own = reference.densified(*cached[:2], classes, "spread")
     if len(cached) == 2:
@@ -39,6 +39,6 @@ def dense_target(classes: int, kept: float, cached: Sequence[torch.Tensor]) -> t
     return kept * own + (1 - kept) * reference.densified(*cached[2:], classes, "spread")
 
 
-def log_target(classes: int, kept: float, cached: Sequence[torch.Tensor]) -> torch.Tensor:
+def log_target(classes: int, kept: float | torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
     """float32 [B, C], log-probabilities: what the discriminator sees in place of the teachers' mean logits."""
     return dense_target(classes, kept, cached).clamp(min=_SMALLEST).log()

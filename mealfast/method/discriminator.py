@@ -6,6 +6,7 @@ Shape legend: B images of this process, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Discriminator(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def mean_logits(teacher_logits: list[torch.Tensor]) -> torch.Tensor:
+def mean_logits(teacher_logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """K tensors [B, C] -> their mean, float32 [B, C]: what the released code shows its discriminator."""
     total = teacher_logits[0].float()
     for logits in teacher_logits[1:]:

@@ -5,8 +5,6 @@ Shape legend: B images of this process, K teachers, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +12,8 @@ from torch import nn
 from mealfast.kernels import ensemble_soft_cross_entropy
 from mealfast.method import cached_loss
 from mealfast.method.discriminator import mean_logits
+from mealfast.method.inputs import Inputs
+from mealfast.method.targets import Target
 
 # The order of the terms in the tensor that `Objective` returns beside the loss.
 TERMS = ("loss", "soft_ce", "kl", "hard_ce", "discriminator_loss")
@@ -27,57 +27,43 @@ class Objective(nn.Module):
         self.hard_label_weight = hard_label_weight
         self.discriminator = discriminator
 
-    def forward(
-        self,
-        student_logits: torch.Tensor,
-        teacher_logits: Sequence[torch.Tensor],
-        kept: float,
-        labels: torch.Tensor,
-        partner_labels: torch.Tensor | None = None,
-        cached: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, C] of the student and of each of K teachers (K may be 0), labels int64 [B].
-
-        Under CutMix also the pasted images' labels int64 [B]; `kept` is the share of the area that is each image's own.
-        `cached` stands in for the teachers' logits: ids [B, k] and probabilities [B, k] from a label cache, under
-        CutMix followed by the pasted images'. The discriminator then compares log-probabilities, less their mean.
-        Where there are both, as in a run that writes a cache, the logits are the target and the discriminator has what
-        the cache will have.
+    def forward(self, student_logits: torch.Tensor, target: Target, part: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, C] of the student, what they are compared with, and the inputs that gave both.
 
         Returns the loss to minimise (scalar) and the float32 values of `TERMS` [5], detached, on the same device; a
         term that this run does not have is 0.
         """
         soft = kl = hard = adversary = student_logits.new_zeros((), dtype=torch.float32)
-        if teacher_logits:
-            soft, kl = ensemble_soft_cross_entropy(student_logits, teacher_logits, return_kl=True)
-        elif cached:
-            soft, kl = cached_loss.soft_cross_entropy(student_logits, kept, cached)
+        if target.logits:
+            soft, kl = ensemble_soft_cross_entropy(student_logits, target.logits, return_kl=True)
+        elif target.top_k:
+            soft, kl = cached_loss.soft_cross_entropy(student_logits, part.kept, target.top_k)
         if self.hard_label_weight > 0:
-            hard = hard_cross_entropy(student_logits, kept, labels, partner_labels)
+            hard = hard_cross_entropy(student_logits, part.kept, part.labels, part.partner_labels)
         loss = (1 - self.hard_label_weight) * soft + self.hard_label_weight * hard
         if self.discriminator is not None:
-            adversary = self.discriminator(*self._sides(student_logits, teacher_logits, kept, cached))
+            adversary = self.discriminator(*_sides(student_logits, target, part.kept))
             loss = loss + adversary
         return loss, torch.stack([term.detach().float() for term in (loss, soft, kl, hard, adversary)])
 
-    @staticmethod
-    def _sides(
-        student_logits: torch.Tensor,
-        teacher_logits: Sequence[torch.Tensor],
-        kept: float,
-        cached: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the discriminator tells apart, [B, C] each: logits, or log-probabilities where a cache comes in."""
-        if not cached:
-            return student_logits, mean_logits(teacher_logits)
-        log_student = student_logits.float().log_softmax(dim=1)
-        log_target = cached_loss.log_target(student_logits.shape[1], kept, cached)
-        # Less their mean over the classes, as logits lie around 0: offsets of -10 would kill the discriminator's ReLUs.
-        return tuple(side - side.mean(dim=1, keepdim=True) for side in (log_student, log_target))
+
+def _sides(
+    student_logits: torch.Tensor, target: Target, kept: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the discriminator tells apart, [B, C] each: logits, or log-probabilities where a cache comes in."""
+    if not target.top_k:
+        return student_logits, mean_logits(target.logits)
+    log_student = student_logits.float().log_softmax(dim=1)
+    log_target = cached_loss.log_target(student_logits.shape[1], kept, target.top_k)
+    # Less their mean over the classes, as logits lie around 0: offsets of -10 would kill the discriminator's ReLUs.
+    return log_student - log_student.mean(dim=1, keepdim=True), log_target - log_target.mean(dim=1, keepdim=True)
 
 
 def hard_cross_entropy(
-    student_logits: torch.Tensor, kept: float, labels: torch.Tensor, partner_labels: torch.Tensor | None = None
+    student_logits: torch.Tensor,
+    kept: float | torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy with the labels [B]; under CutMix with both images' labels, weighted by area."""
     logits = student_logits.float()

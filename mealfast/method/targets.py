@@ -19,10 +19,10 @@ from mealfast.method.inputs import Inputs
 
 @dataclass(frozen=True)
 class Target:
-    """What the student is compared with, in one of two forms, or in none.
+    """What the student is compared with, in one of two forms, or in none (labels alone).
 
     Where there are both, as in a run that writes a cache, the logits are the target and the discriminator sees what the
-    cache will hold.
+    cache will hold: log-probabilities, less their mean.
     """
 
     logits: Sequence[torch.Tensor] = ()  # of K teachers, [B, C] each

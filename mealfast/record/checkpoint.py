@@ -48,7 +48,8 @@ def write(
 ) -> Path:
     """Publishes what `encode` gave; then only the `keep` newest stay. `best` writes it as best.pt too.
 
-    Those of later steps go: a run that went back, past a damaged file or by --resume PATH, has left them behind.
+    Those of later steps go: a run that went back, past a damaged file or by --resume PATH, has left them behind. So do
+    others of this step: it was written before it was evaluated.
     Raises OSError, and then leaves nothing behind; InterruptedError if `abandoned` says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,9 @@ def write(
             write_best(folder, content, abandoned)
         temporary.replace(path)
     sync_folder(folder)
-    later = [other for other in candidates(folder) if step_of(other) > step]
-    for old in [*later, *candidates(folder)[len(later) + keep :]]:
+    found = candidates(folder)
+    gone = [other for other in found if step_of(other) > step or (step_of(other) == step and other != path)]
+    for old in [*gone, *[other for other in found if other not in gone][keep:]]:
         old.unlink(missing_ok=True)
     return path
 

@@ -66,6 +66,12 @@ class RunDirectory:
 
 def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> None:
     """Raises UsageError that names the first option in which a stored recipe differs, if it decides the result."""
+    epochs = stored.get("epochs")
+    if isinstance(epochs, int) and recipe.epochs < epochs:
+        raise UsageError(
+            f"{what} with --epochs {epochs}, not {recipe.epochs}: a run can be given more epochs, not fewer; "
+            "--max-steps ends it earlier"
+        )
     for name, value in recipe.to_json().items():
         if name in RESUMABLE_FIELDS:
             continue

@@ -1,409 +1,309 @@
-"""The training run: read, step, log, evaluate, save."""
+"""The training run: read, step, log, save, evaluate, stop."""
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import Any, Protocol
 
-import torch
-
-from mealfast.errors import RunError, UsageError
-from mealfast.labels.fit import check_fit
-from mealfast.labels.write_through import WriteThrough, write_plan
-from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
-from mealfast.machine import lock
-from mealfast.machine import processes as runtimes
-from mealfast.machine.files import write_json
+from mealfast.errors import RunError
+from mealfast.loaders import Batch
+from mealfast.machine import lock, processes
 from mealfast.machine.processes import Runtime
-from mealfast.measure import forecast
-from mealfast.method import data as splits
+from mealfast.machine.stop_signal import Agreement, Stopped, StopSignal
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
-from mealfast.method.objective import TERMS
-from mealfast.models import tuning as teacher_setup
+from mealfast.method.targets import GivenTargets
 from mealfast.recipe import Recipe
-from mealfast.record import checkpoint
-from mealfast.record.checkpoint_writer import CheckpointWriter
 from mealfast.record.clock import Clock
-from mealfast.record.console import Progress
-from mealfast.record.run_directory import RunDirectory, refuse_other_recipe
-from mealfast.training import bad_batch
-from mealfast.training import report as run_report
-from mealfast.training import resume as run_state
-from mealfast.training.bad_steps import BadSteps
-from mealfast.training.finish import finish
-from mealfast.training.job import assemble
-from mealfast.training.step import TrainStep
-from mealfast.training.stop_signal import StopSignal
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training import bad_batch, report, resume
+from mealfast.training.assemble import make_job
+from mealfast.training.feed import Feed
+from mealfast.training.finish import Figures, finish
+from mealfast.training.guard import Guard
+from mealfast.training.job import Job
+from mealfast.training.outputs import Outputs
+from mealfast.training.step import Step
 from mealfast.training.validation import Validation
+from mealfast.training.where import Where
+
+_STOP, _FAILED = 1, 2  # what a process can wish for after a step
+
+AtStart = Callable[[Job, Where, Callable[[str], None]], None]
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, at_start: AtStart | None = None) -> dict[str, Any]:
     """Runs a recipe to its end, or to where it is stopped. Returns the content of summary.json.
 
-    Raises UsageError or DataError for what the user can mend, before anything is written.
+    `at_start(job, where, say)` is called before the first step, on every process, and may measure: nothing of what it
+    does to tensors may stay. Raises UsageError or DataError for what the user can mend; before the first step, before
+    anything is written.
     """
     with lock.hold(recipe.run_dir):
-        run_directory = RunDirectory(recipe.run_dir)
-        run_directory.check(recipe)
-        runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
-        summary = Run(recipe, runtime, run_directory).train()
+        directory = RunDirectory(recipe.run_dir)
+        directory.check(recipe)
+        runtime = processes.start(recipe.device, timeout=recipe.collective_timeout)
+        summary = run(recipe, runtime, directory, at_start)
         # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
-        runtimes.stop()
+        processes.stop()
     return summary
 
 
-class Run:
-    """One run in one process. `step` is the number of optimiser steps taken."""
+def run(recipe: Recipe, runtime: Runtime, directory: RunDirectory, at_start: AtStart | None = None) -> dict[str, Any]:
+    """`train` among processes that have found each other, in a directory that was checked."""
+    job, where, notes = make_job(recipe, runtime, directory)
+    return run_job(job, where, directory, notes, at_start)
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> None:
-        self.recipe, self.runtime, self.directory = recipe, runtime, directory
-        if recipe.batch_size % (runtime.world_size * recipe.accumulate):
-            raise UsageError(
-                f"--batch-size {recipe.batch_size}: must be a multiple of processes x --accumulate = "
-                f"{runtime.world_size} x {recipe.accumulate}"
-            )
-        with runtime.main_first():  # the others find the index that the main process has stored
-            found = splits.scan_splits(
-                recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
-            )
-        self.writing = write_plan(recipe, runtime)
-        self.parts = assemble(recipe, runtime, writes_cache=self.writing is not None)
-        self.data = splits.number_classes(
-            found,
-            self.parts.student.num_classes,
-            labels_needed=recipe.hard_label_weight > 0,
-            student=f"--student {recipe.student}",
-        )
-        self.steps_per_epoch = len(self.data.train) // recipe.batch_size
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"--batch-size {recipe.batch_size}: {self.data.train.root} holds only {len(self.data.train)} images"
-            )
-        self.total_steps = recipe.epochs * self.steps_per_epoch
-        self.last_step = min(self.total_steps, recipe.max_steps or self.total_steps)
-        if self.parts.label_cache is not None:
-            check_fit(self.parts.label_cache, recipe, self._plan(), self.data.train, self.parts.student.num_classes)
-        self.train_step = TrainStep(recipe, runtime, self.parts, self.steps_per_epoch)
-        self.scores: dict[str, Any] = {"start": None, "latest": None, "best": None}
-        self.validate = Validation(recipe, runtime, self.parts, self.data)
-        self.notes: list[str] = []
-        self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
-        self.label_writer: WriteThrough | None = None
-        self.step = bad_in_a_row = 0
-        if (state := self._resume()) is not None:
-            self.step, bad_in_a_row = state["step"], state.get("bad_in_a_row", 0)
-            self.scores |= state["scores"]
-            self.layouts = state.get("layouts", {})
-            self.notes = run_state.notes(state, runtime)
-        self.first_step = self.step
-        self.bad_steps = BadSteps(recipe.max_bad_steps, recipe.log_every, self.train_step.skipped, bad_in_a_row)
-        self.teacher_reports = self._prepare_teachers()
-        self.batch: Batch | None = None
-        self.clock = Clock()
-        self.dead_lines = 0
 
-    def train(self) -> dict[str, Any]:
-        recipe, runtime = self.recipe, self.runtime
-        self.label_writer = label_writer = self._claim_label_cache()
-        if runtime.is_main:
-            self.directory.claim(
-                run_report.config(recipe, runtime, self.parts, self.data, self.teacher_reports, self.writing)
-            )
-        self.progress = Progress(self.last_step, self.step, recipe.batch_size, enabled=runtime.is_main)
-        self.telemetry = self.writer = None
-        if runtime.is_main:
-            self.telemetry = self.directory.telemetry(self.step, self._belongs, self.progress.say)
-            self.writer = CheckpointWriter(
-                self.directory.checkpoints, recipe.keep, self.progress.say, before=self.telemetry.sync
-            )
-        self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
-        loader = None
+def run_job(
+    job: Job, where: Where, directory: RunDirectory, notes: list[str] | None = None, at_start: AtStart | None = None
+) -> dict[str, Any]:
+    """Takes a job from where it stands to its end, and writes what a run writes. `notes` are said first."""
+    began = time.perf_counter()
+    with Outputs(job, where, directory) as outputs, StopSignal() as stop:
+        for line in [*(notes or []), *report.introduction(job)]:
+            outputs.say(line)
+        if outputs.recording:
+            outputs.say(outputs.recording.introduction())
+        if at_start:
+            at_start(job, where, outputs.say)
+        if where.step:
+            outputs.say(f"resuming after {where.step} of {job.calendar.total_steps} steps")
+        loop = Loop(job, where, outputs, stop)
         try:
-            introduction = run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch)
-            for line in [*self.notes, *introduction]:
-                self.progress.say(line)
-            if label_writer:
-                self.progress.say(label_writer.introduction())
-            for report in self.teacher_reports:
-                self.progress.say(str(report))
-            if recipe.stage_report:
-                made = forecast.forecast(self, seconds=1.0, say=self.progress.say)
-                for line in forecast.lines(self, made):
-                    self.progress.say(line)
-            if self.step:
-                self.progress.say(f"resuming after {self.step} of {self.total_steps} steps")
-            if self.step == 0 and recipe.eval_start:
-                self._evaluate()
-            self.train_step.writer = label_writer  # from here on: what is only measured is not written
-            self._finish_views()  # that a process which was killed had left unfinished
-            if self.step < self.last_step:
-                loader = self.loader(self.step, self.last_step)
-                self._loop(iter(loader))
-            if label_writer:
-                label_writer.flush()
-            self.train_step.writer = None
-            summary = finish(self, loader)
-        except BaseException as error:
-            self._close(loader, error)
+            loop.run()
+            outputs.flush()
+            return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
+        except Exception as error:
+            loop.rescue(error)
             raise
-        self._close(loader)
-        return summary
 
-    def _loop(self, batches: Any) -> None:
+
+class Loop:
+    """One process's way through a job."""
+
+    job: Job
+    where: Where  # changed here only
+    outputs: Outputs
+    stop: StopSignal
+    step: Step
+    guard: Guard
+    validation: Validation
+    agreed: Agreement  # of the processes, on ending after a step
+    clock: Clock
+    first: int  # the step that this process began with
+    batch: Batch | None  # of the step taken last
+    replaced: _Replaced | None  # the loader's count of images that stand in for broken ones
+    dead_lines: int  # logged means of the discriminator's loss at ln 2, one after the other
+
+    def __init__(self, job: Job, where: Where, outputs: Outputs, stop: StopSignal) -> None:
+        self.job, self.where, self.outputs, self.stop = job, where, outputs, stop
+        self.step = job.step(outputs.recording)
+        self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
+        self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
+        self.first, self.batch, self.replaced, self.dead_lines = where.step, None, None, 0
+
+    def run(self) -> None:
+        """What an earlier process left undone, then the steps."""
+        job, where, calendar = self.job, self.where, self.job.calendar
         stopping = False
-        while self.step < self.last_step and not stopping:
+        if where.step == 0 and calendar.eval_start:
+            stopping = not self.evaluate()
+        elif where.step and calendar.must_evaluate(where.step) and where.scores.evaluated != where.step:
+            stopping = not self.evaluate()  # the checkpoint was written before it
+        self.outputs.finish_views(range(calendar.epochs_over(where.step)))
+        if where.step < calendar.last and not stopping:
+            cache = self.outputs.recording.cache if self.outputs.recording else None
+            with closing(job.loader(where.step, calendar.last, cache)) as loader:
+                self.replaced = loader
+                self.steps(Feed(loader, 2 * self.agreed.delay))
+
+    def steps(self, feed: Feed) -> None:
+        """Batch, step, log, save, evaluate, until the end or until a process wishes to stop."""
+        job, where, calendar = self.job, self.where, self.job.calendar
+        stopping = self.agree_on_the_first(feed)
+        while where.step < calendar.last and not stopping:
             began = time.perf_counter()
-            self.batch = next(batches)
+            self.batch = feed.next()
             waited = time.perf_counter() - began
-            self.train_step(self.batch, self.step)
-            self.step += 1
-            self.bad_steps.note(self.train_step.skipped)
-            self._log_if_due(began, waited)
-            stopping = self.stop_signal.agreed() or self.bad_steps.too_many
-            evaluating = self._evaluates_at(self.step) or self.step == self.last_step
-            if evaluating:
-                self._evaluate()
-            if evaluating or stopping or self.step % self.recipe.checkpoint_every == 0:
-                self._save()
-            if self.bad_steps.too_many:
-                self._give_up()
-            if self.step % self.steps_per_epoch == 0:
-                self._finish_views(self.step // self.steps_per_epoch - 1)
+            self.step(self.batch, where.step)
+            self.count_step()
+            self.log_if_due(began, waited)
+            wish = self.agreed(_FAILED if feed.error else int(self.stop.asked))
+            stopping = wish > 0 or self.guard.too_many
+            evaluating = calendar.must_evaluate(where.step)
+            if stopping or evaluating or calendar.saves(where.step):
+                self.save()
+            if wish == _FAILED:
+                feed.raise_for_all(job.runtime)
+            if self.guard.too_many:
+                self.give_up()
+            if evaluating and not stopping:
+                stopping = not self.evaluate()
+            if calendar.ends_epoch(where.step):
+                over = calendar.epochs_over(where.step)
+                self.outputs.finish_views(range(over - 1, over))
 
-    # -- what the loop needs, reads and writes -------------------------------------------------------------------------
+    # -- what the loop does --------------------------------------------------------------------------------------------
 
-    def _prepare_teachers(self) -> list[teacher_setup.TeacherReport]:
-        """Makes the teachers ready, with the first batch of training images to measure and to check them on."""
-        parts, recipe = self.parts, self.recipe
-        if not parts.loaded_teachers:
-            return []
-        loader = self.loader(0, 1)
-        try:
-            images = next(iter(loader)).images.chunk(recipe.accumulate)[0]
-        finally:
-            loader.close()
-        parts.teachers, reports = teacher_setup.prepare(
-            recipe,
-            self.runtime,
-            parts.loaded_teachers,
-            images,
-            compile=parts.compiled,
-            earlier=self.layouts,
-            specs=parts.live_teachers,
-        )
-        parts.loaded_teachers = []
-        return reports
+    def agree_on_the_first(self, feed: Feed) -> bool:
+        """Whether nobody may begin, because a process has not the first batches or was asked to stop."""
+        feed.fill(2 * self.agreed.delay)
+        wish = 0
+        for _ in range(1 + self.agreed.delay):  # the answer comes one call later
+            wish = self.agreed(_FAILED if feed.error else int(self.stop.asked))
+        if wish == _FAILED:
+            feed.raise_for_all(self.job.runtime)
+        return wish > 0
 
-    def loader(self, start_step: int, stop_step: int) -> Any:
-        """This process's training batches of steps `start_step` to `stop_step` - 1; close it."""
-        recipe, runtime, writer = self.recipe, self.runtime, self.label_writer
-        return train_loader(
-            recipe.loader,
-            self.data.train,
-            self._plan(),
-            batch_size=recipe.batch_size,
-            start_step=start_step,
-            stop_step=stop_step,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-            threads=recipe.loader_threads,
-            label_cache=writer.cache if writer else self.parts.label_cache,
-            live_epochs=self.writing.live_epochs if self.writing else range(0),
-        )
+    def count_step(self) -> None:
+        """Counts a step that was taken."""
+        self.where.step += 1
+        self.guard.note(self.job.meter.skipped)
 
-    def _claim_label_cache(self) -> WriteThrough | None:
-        """The label cache that this run writes, if it writes one."""
-        if self.writing is None:
-            return None
-        return WriteThrough(
-            self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing,
-            teacher_setup.layouts(self.teacher_reports),
-        )  # fmt: skip
-
-    def _finish_views(self, first: int = 0) -> None:
-        """Completes the views of the label cache whose epochs, from `first` on, are over."""
-        if self.label_writer:
-            for line in self.label_writer.finish(range(first, self.step // self.steps_per_epoch)):
-                self.progress.say(line)
-
-    def _plan(self) -> ViewPlan:
-        recipe, index, cache, writing = self.recipe, self.data.train, self.parts.label_cache, self.writing
-        if cache and cache.header.explicit:
-            return ExplicitViews(
-                index.widths, index.heights, cache,
-                seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation,
-            )  # fmt: skip
-        return ViewPlan(
-            index.widths,
-            index.heights,
-            seed=cache.header.plan["seed"] if cache else writing.seed if writing else recipe.seed,
-            size=recipe.size,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            flip=recipe.flip,
-            interpolation=recipe.interpolation,
-            cycle=cache.header.views if cache else writing.views if writing else None,
-        )
-
-    def _log_if_due(self, began: float, waited: float) -> None:
-        """Logs every `log_every` steps and at the end, the only times that the host waits for the device."""
-        scheduled = self.step % self.recipe.log_every == 0
-        due = scheduled or self.step == self.last_step
-        if due:
-            *sums, steps = self.runtime.sum(self.train_step.meter.clone()).tolist()
-        if due or self.runtime.device.type == "cpu":
-            self.bad_steps.read()
+    def log_if_due(self, began: float, waited: float) -> None:
+        """Logs when the calendar says so, the only times that the host waits for the device."""
+        job, steps = self.job, self.where.step
+        due = job.calendar.writes_line(steps)
+        means = job.meter.means(job.runtime) if due else {}
+        if due or job.runtime.device.type == "cpu":
+            self.read_guard()
         self.clock.add(time.perf_counter() - began, waited)
-        self.progress.advance()
+        self.outputs.progress.advance()
         if due:
-            means = {name: value / steps if steps else None for name, value in zip(TERMS, sums, strict=True)}
-            self._write_train_line(means, *self.clock.close_window(self.recipe.batch_size))
-        if scheduled:  # what is logged out of turn, at the end, a resumed run logs again in its turn
-            self.train_step.meter.zero_()
+            self.write_line(means, *self.clock.close_window(job.recipe.batch_size))
+        if job.calendar.logs(steps):  # what is logged out of turn, at the end, a resumed run logs again in its turn
+            job.meter.clear()
 
-    def _write_train_line(self, means: dict[str, float | None], rate: float, waiting: float) -> None:
-        recipe = self.recipe
+    def read_guard(self) -> None:
+        """Learns which steps were skipped; waits for the device."""
+        self.guard.read()
+        self.where.bad_in_a_row = self.guard.in_a_row
+
+    def write_line(self, means: dict[str, float | None], rate: float, waiting: float) -> None:
+        """A line of the log and of metrics.jsonl, of the terms that this run has."""
+        recipe, step = self.job.recipe, self.where.step - 1
         if not recipe.distils:
             means["soft_ce"] = means["kl"] = None
         if recipe.discriminator_mode == "off":
             means["discriminator_loss"] = None
         else:
-            self._watch_discriminator(means["discriminator_loss"])
+            self.watch_discriminator(means["discriminator_loss"])
         if recipe.hard_label_weight == 0:
             del means["hard_ce"]
-        epoch, step = (self.step - 1) // self.steps_per_epoch, self.step - 1
-        if self.telemetry:
-            speed = {"lr": self.train_step.lr, "images_per_second": rate, "data_wait_fraction": waiting}
-            self.telemetry.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
+        epoch = self.job.calendar.epoch(step)
+        speed = {"lr": self.job.optimiser.lr, "images_per_second": rate, "data_wait_fraction": waiting}
+        self.outputs.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
-        self.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
+        self.outputs.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
 
-    def _watch_discriminator(self, loss: float | None) -> None:
+    def watch_discriminator(self, loss: float | None) -> None:
         """Warns where two logged means in a row sit at ln 2 (None: every step was skipped)."""
         self.dead_lines = self.dead_lines + 1 if loss is not None and is_dead(loss) else 0
         if self.dead_lines == 2:
-            self.progress.say(
+            self.outputs.say(
                 f"warning: the discriminator's loss stays at ln 2 = {DEAD_LOSS:.4f}: it is dead or cannot tell student "
                 "from teachers; try another --discriminator-lr or --seed, or --discriminator off"
             )
 
-    def _evaluates_at(self, step: int) -> bool:
-        every = self.recipe.eval_every * self.steps_per_epoch
-        return step == self.total_steps or (every > 0 and step % every == 0)
-
-    def _evaluate(self) -> None:
-        result = self.validate(self._show_pictures if self.telemetry and self.parts.live_teachers else None)
-        score = result.models[0].to_json()
-        line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **score, "kl": result.kl}
-        self.scores["latest"] = line
-        if self.step == 0:
-            self.scores["start"] = line
-        self.scores["teachers"] = [
-            {"model": spec, **score.to_json()}
-            for spec, score in zip(self.parts.live_teachers, result.models[1:], strict=True)
+    def evaluate(self) -> bool:
+        """Scores the models and saves the scores; False where a signal cut it short, and nothing is written."""
+        job, where, scores = self.job, self.where, self.where.scores
+        show = self.outputs.show_pictures(where.step) if job.live_teachers else None
+        try:
+            result = self.validation(show, lambda: self.stop.asked)
+        except Stopped:
+            return False
+        line = {
+            "epoch": job.calendar.epochs_over(where.step), "step": where.step, **result.models[0].to_json(),
+            "kl": result.kl,
+        }  # fmt: skip
+        scores.latest = line
+        if where.step == 0:
+            scores.start = line
+        scores.teachers = [
+            {"model": spec, **score.to_json()} for spec, score in zip(job.live_teachers, result.models[1:], strict=True)
         ]
-        self.scores["ensemble"] = result.ensemble.to_json() if result.ensemble else None
-        if self.telemetry:
-            self.telemetry.write({"kind": "eval", **line})
-            self.telemetry.weights(self.parts.student.model, self.step)
+        scores.ensemble = result.ensemble.to_json() if result.ensemble else None
+        best = job.calendar.evaluates(where.step) and (scores.best is None or line["top1"] > scores.best["top1"])
+        if where.step and best:
+            scores.best = line
+        self.outputs.write({"kind": "eval", **line})
+        if self.outputs.telemetry:
+            self.outputs.telemetry.weights(job.student.model, where.step)
         kl = "" if result.kl is None else f"  kl {result.kl:.4f}"
-        self.progress.say(
-            f"evaluated after {self.step} steps:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
+        self.outputs.say(
+            f"evaluated after {where.step} steps:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
         )
+        if where.step:
+            self.save(best=best)
+        return True
 
-    def _show_pictures(self, images: torch.Tensor, targets: torch.Tensor, names: list[str]) -> None:
-        self.telemetry.pictures(images, targets, names, self.step)
+    def save(self, *, best: bool = False) -> None:
+        """A checkpoint of now; all processes together. `best`: of the best evaluation so far."""
+        self.outputs.flush()
+        self.write_checkpoint(best)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    def write_checkpoint(self, best: bool = False) -> None:
+        self.read_guard()
+        self.outputs.save(self.where.step, resume.content(self.job, self.where), best=best)
 
-    def _save(self) -> None:
-        scheduled = self._evaluates_at(self.step) and self.scores["latest"]
-        best = self.scores["best"]
-        is_best = bool(scheduled) and (best is None or self.scores["latest"]["top1"] > best["top1"])
-        if is_best:
-            self.scores["best"] = self.scores["latest"]
-        if self.label_writer:
-            self.label_writer.flush()
-        self.bad_steps.read()
-        state = run_state.capture(self.runtime, self.parts, self.train_step)
-        if not self.runtime.is_main:
+    def give_up(self) -> None:
+        """Ends a run of bad steps only, after its checkpoint was written. Raises RunError, all processes together."""
+        if self.outputs.checkpoints:
+            self.outputs.checkpoints.wait()
+        assert self.batch is not None
+        raise RunError(bad_batch.report(self.job, self.batch, self.where.step - 1, self.outputs.directory))
+
+    def rescue(self, error: Exception) -> None:
+        """Saves what the steps so far have reached, where an error ended the run.
+
+        With several processes there is nothing to do here: what a loader or an evaluation meets all of them know in
+        time, and save together; after another error the state of the others, who wait in a step, cannot be had.
+        """
+        if self.job.runtime.world_size > 1:
             return
-        state |= {
-            "recipe": self.recipe.to_json(),
-            "identity": run_report.identity(self.parts, self.data, self.writing),
-            "scores": self.scores,
-            "bad_in_a_row": self.bad_steps.in_a_row,
-            "layouts": teacher_setup.layouts(self.teacher_reports),
-        }
-        self.writer.save(self.step, state, best=is_best)
+        with suppress(Exception):  # the error is the news
+            self.step.undo()
+            if self.step.taken == self.where.step:  # taken, and then the error came before it was counted
+                self.count_step()
+            if self.where.step > self.outputs.saved:
+                self.write_checkpoint()  # targets that a label cache did not take are made again
+            if self.outputs.checkpoints:
+                self.outputs.checkpoints.wait()
+                if self.where.step and not self.outputs.checkpoints.failure:
+                    self.outputs.say(f"{self.where.step} steps are saved: {self.outputs.directory.checkpoints}")
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Takes up the checkpoint that --resume asks for. Returns its content, None without one."""
-        resume = self.recipe.resume
-        if resume == "never":
+    def figures(self, seconds: float) -> Figures:
+        """Of this process's part of the run."""
+        replaced, views = (self.replaced.replaced, self.replaced.replaced_count) if self.replaced else ({}, 0)
+        return Figures(*self.clock.medians(), seconds, replaced, views)
+
+    def replay(self) -> float | None:
+        """Images/s of a few more steps on the last batch: what this run would reach if data cost nothing. None where
+        the run was asked to stop. All processes together."""
+        if self.batch is None or self.where.step < self.job.calendar.last or self.stop.asked:
             return None
-        if resume == "auto":
-            found = checkpoint.newest(self.directory.checkpoints)
-            if found is None and checkpoint.candidates(self.directory.checkpoints):
-                raise UsageError(
-                    f"{self.directory.checkpoints}: every checkpoint is damaged; start anew in another --run-dir"
-                )
-            if found is None:
-                return None
-            path, state = found
-        else:
-            path = Path(resume)
-            state = checkpoint.read(path)
-        run_state.check(state, f"checkpoint {path}")
-        refuse_other_recipe(self.recipe, state["recipe"], f"checkpoint {path}: of a run")
-        options = {"images": "--data", "targets": "--label-cache", "teachers": "--teachers"}
-        for what, option in options.items():
-            if state["identity"].get(what) != run_report.identity(self.parts, self.data, self.writing)[what]:
-                raise UsageError(f"{option}: not the {what} that the run of checkpoint {path} has seen")
-        run_state.restore(state, self.runtime, self.parts, self.train_step, f"checkpoint {path}")
-        return state
+        # Not the recording step: what is only measured is not written.
+        step = self.step
+        if self.outputs.recording:
+            step = self.job.step(GivenTargets() if self.batch.targets else None)
+        clock = Clock()
+        for _ in range(1 + min(max((self.where.step - self.first) // 50, 2), 20)):
+            began = time.perf_counter()
+            step(self.batch, self.where.step)
+            self.job.meter.sums.tolist()  # waits for the device
+            clock.add(time.perf_counter() - began, 0.0)
+            clock.close_window(self.job.recipe.batch_size)
+        return clock.medians()[0]
 
-    def _belongs(self, line: dict[str, Any]) -> bool:
-        """Whether a line of metrics.jsonl is one that an uninterrupted run would have written by now."""
-        if self.step == 0:
-            return False  # no checkpoint: what an earlier process did is done again, the evaluation at the start too
-        step = line.get("step", -1)
-        if line.get("kind") == "eval":
-            return step <= self.step and (self._evaluates_at(step) or (step == 0 and self.recipe.eval_start))
-        return step < self.step and ((step + 1) % self.recipe.log_every == 0 or step + 1 == self.total_steps)
 
-    def _give_up(self) -> None:
-        """Ends a run of bad steps only. Skipped steps change nothing, so its checkpoint holds the last good weights."""
-        if self.writer:
-            self.writer.wait()
-        found = bad_batch.diagnose(self.batch, self.runtime, self.parts, self.data.train)
-        lr = self.train_step.lr
-        path = self.directory.path / "bad_batch.json"
-        if self.runtime.is_main:
-            with suppress(OSError):
-                write_json(path, {"step": self.step - 1, "lr": lr, **found})
-        raise RunError(
-            f"{self.recipe.max_bad_steps} steps in a row had a non-finite loss or gradient and were skipped; at step "
-            f"{self.step - 1} (lr {lr:g}) {bad_batch.words(found)}; all of it is in {path}; the weights before these "
-            f"steps are in {self.directory.checkpoints}; lower --lr, or allow more with --max-bad-steps"
-        )
+class _Replaced(Protocol):
+    """A training loader's record of the images that it could not show."""
 
-    def _close(self, loader: Any, error: BaseException | None = None) -> None:
-        """Leaves no thread, handler or half-written file behind, whatever ended the run."""
-        self.stop_signal.restore()
-        if self.writer and isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: at once
-            self.writer.abandon(2.0)
-        if loader is not None:
-            loader.close()
-        self.progress.close()
-        with nullcontext() if error is None else suppress(Exception):  # what ended the run is the news
-            if self.label_writer:
-                self.label_writer.close()
-            if self.writer and not isinstance(error, KeyboardInterrupt):
-                self.writer.wait()
-            if self.telemetry:
-                self.telemetry.close()
+    @property
+    def replaced(self) -> dict[str, str]: ...
+
+    @property
+    def replaced_count(self) -> int: ...

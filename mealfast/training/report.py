@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mealfast
-from mealfast.labels.write_through import WritePlan
 from mealfast.loaders import LabelCache
 from mealfast.machine import processes as runtimes
-from mealfast.machine.processes import Runtime
-from mealfast.method.data import Splits
 from mealfast.models import normalised as models
-from mealfast.models.tuning import TeacherReport
 from mealfast.recipe import Recipe
-from mealfast.training.job import Parts
+from mealfast.training.job import Job
 
 
-def identity(parts: Parts, data: Splits, writing: WritePlan | None) -> dict[str, Any]:
+def identity(job: Job) -> dict[str, Any]:
     """What a checkpoint must agree with beside the recipe: the same images, the same teachers or cached targets."""
-    cache = parts.label_cache
+    cache = job.label_cache
     return {
-        "images": {"train": data.train.digest, "val": data.val.digest},
-        "targets": writing.to_json() if writing else None if cache is None else cache.header.digest,
-        "teachers": dict(zip(parts.live_teachers, parts.teacher_digests, strict=True)),
+        "images": {"train": job.data.train.digest, "val": job.data.val.digest},
+        "targets": job.writing.to_json() if job.writing else None if cache is None else cache.header.digest,
+        "teachers": dict(zip(job.live_teachers, job.teacher_digests, strict=True)),
     }
 
 
-def config(
-    recipe: Recipe,
-    runtime: Runtime,
-    parts: Parts,
-    data: Splits,
-    teachers: Sequence[TeacherReport],
-    writing: WritePlan | None = None,
-) -> dict[str, Any]:
+def config(job: Job) -> dict[str, Any]:
     """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
-    same = identity(parts, data, writing)
+    same = identity(job)
     return {
         "mealfast": mealfast.__version__,
-        "recipe": recipe.to_json(),
-        "processes": runtime.world_size,
-        "device": runtime.device.type,
-        "precision": parts.trainee.precision,
-        "compiled": parts.compiled,
-        "teachers": [report.to_json() for report in teachers],
-        "versions": runtimes.describe(runtime.device),
-        "images": {"train": len(data.train), "val": len(data.val)},
+        "recipe": job.recipe.to_json(),
+        "processes": job.runtime.world_size,
+        "device": job.runtime.device.type,
+        "precision": job.student.precision,
+        "compiled": job.compiled,
+        "teachers": [report.to_json() for report in job.reports],
+        "versions": runtimes.describe(job.runtime.device),
+        "images": {"train": len(job.data.train), "val": len(job.data.val)},
         "image_digests": same["images"],
         "teacher_digests": same["teachers"],
-        "label_cache": None if parts.label_cache is None else parts.label_cache.header.to_json(),
-        "write_through": writing.to_json() if writing else None,
+        "label_cache": None if job.label_cache is None else job.label_cache.header.to_json(),
+        "write_through": job.writing.to_json() if job.writing else None,
     }
 
 
@@ -65,11 +53,12 @@ def stored_summary(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, steps_per_epoch: int) -> list[str]:
-    """The log's first lines: notes first, then what is trained on what."""
+def introduction(job: Job) -> list[str]:
+    """The log's first lines: notes first, then what is trained on what, then how each teacher runs."""
+    recipe, data = job.recipe, job.data
     lines = [
         f"note: {spec} has random weights (no tag and no checkpoint)"
-        for spec in (recipe.student, *parts.live_teachers)
+        for spec in (recipe.student, *job.live_teachers)
         if models.is_random(spec)
     ]
     lines += [
@@ -77,19 +66,20 @@ def introduction(recipe: Recipe, runtime: Runtime, parts: Parts, data: Splits, s
         for index in (data.train, data.val)
         if index.quarantined
     ]
-    teachers = " + ".join(parts.live_teachers) or "none (labels alone)"
+    teachers = " + ".join(job.live_teachers) or "none (labels alone)"
     discriminator = recipe.discriminator_mode
-    if parts.label_cache is not None:
-        lines += _cache_notes(recipe, parts.label_cache)
+    if job.label_cache is not None:
+        lines += _cache_notes(recipe, job.label_cache)
         teachers = f"none runs (label cache {recipe.label_cache})"
     if recipe.label_cache and discriminator != "off":
         discriminator += " (on log-probabilities: a cache holds no logits)"
     return [
         *lines,
         f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",
-        f"{len(data.train):,} images, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} at "
-        f"{recipe.size} px  |  {runtime.world_size} x {runtime.device.type}, {parts.trainee.precision}, "
-        f"{recipe.loader} loader  |  {recipe.run_dir}",
+        f"{len(data.train):,} images, {recipe.epochs} epochs of {job.calendar.steps_per_epoch} steps of "
+        f"{recipe.batch_size} at {recipe.size} px  |  {job.runtime.world_size} x {job.runtime.device.type}, "
+        f"{job.student.precision}, {recipe.loader} loader  |  {recipe.run_dir}",
+        *map(str, job.reports),
     ]
 
 

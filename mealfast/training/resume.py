@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,81 +11,184 @@ from torch import nn
 
 from mealfast.errors import UsageError
 from mealfast.machine.processes import Runtime
+from mealfast.models import tuning
 from mealfast.models.layout import is_layout
-from mealfast.training.job import Parts
-from mealfast.training.step import TrainStep
+from mealfast.recipe import Recipe
+from mealfast.record import checkpoint
+from mealfast.record.run_directory import RunDirectory, refuse_other_recipe
+from mealfast.training import report
+from mealfast.training.job import Job
+from mealfast.training.step_calendar import Calendar, Period
+from mealfast.training.where import Scores, Where
 
 
-def capture(runtime: Runtime, parts: Parts, train_step: TrainStep) -> dict[str, Any]:
-    """Everything that decides the steps to come. Every process must call it; the result is for the main one to save."""
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose plain values are what `content` put there."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """Its name in messages."""
+        return f"checkpoint {self.path}"
+
+    @property
+    def layouts(self) -> dict[str, Any]:
+        """Of the teachers, as the run had them."""
+        found: dict[str, Any] = self.state.get("layouts", {})
+        return found
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def content(job: Job, where: Where) -> dict[str, Any]:
+    """All of a checkpoint. Every process must call it; the result is for the main one to save."""
+    return capture(job) | {
+        "recipe": job.recipe.to_json(),
+        "identity": report.identity(job),
+        "periods": [list(astuple(period)) for period in job.calendar.periods],
+        "scores": where.scores.to_json(),
+        "bad_in_a_row": where.bad_in_a_row,
+        "layouts": tuning.layouts(job.reports),
+    }
+
+
+def capture(job: Job) -> dict[str, Any]:
+    """Every tensor that decides the steps to come. Every process must call it."""
     random_states = {"cpu": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        random_states["cuda"] = torch.cuda.get_rng_state(runtime.device)
-    discriminator = parts.trainee.objective.discriminator
-    optimizer = parts.optimizer.state_dict()
-    for group in optimizer["param_groups"]:
-        group["lr"] = float(group["lr"])  # on the device under a CUDA graph
+    if job.runtime.device.type == "cuda":
+        random_states["cuda"] = torch.cuda.get_rng_state(job.runtime.device)
+    discriminator = job.student.discriminator
     return {
-        "student": parts.student.model.state_dict(),
+        "student": job.student.model.state_dict(),
         "discriminator": discriminator.state_dict() if discriminator is not None else None,
-        "optimizer": optimizer,
-        "scaler": parts.scaler.state_dict(),
-        "skipped": train_step.skipped.cpu(),
-        "processes": runtime.gather({"rng": random_states, "meter": train_step.meter.cpu()}),
+        **job.optimiser.state_dict(),
+        "skipped": job.meter.skipped.cpu(),
+        "processes": job.runtime.gather({"rng": random_states, "meter": job.meter.sums.cpu()}),
         "threads": torch.get_num_threads(),
     }
 
 
-def restore(state: dict[str, Any], runtime: Runtime, parts: Parts, train_step: TrainStep, what: str) -> None:
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def find(recipe: Recipe, directory: RunDirectory) -> Found | None:
+    """The checkpoint that `--resume` asks for, None where there is none. Raises UsageError: it is damaged, or of a run
+    with other options."""
+    resume = recipe.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        newest = checkpoint.newest(directory.checkpoints)
+        if newest is None and checkpoint.candidates(directory.checkpoints):
+            raise UsageError(f"{directory.checkpoints}: every checkpoint is damaged; start anew in another --run-dir")
+        if newest is None:
+            return None
+        found = Found(*newest)
+    else:
+        found = Found(Path(resume), checkpoint.read(Path(resume)))
+    check(found.state, found.what)
+    refuse_other_recipe(recipe, found.state["recipe"], f"{found.what}: of a run")
+    return found
+
+
+def calendar(recipe: Recipe, images: int, found: Found) -> Calendar:
+    """The recipe's calendar from the checkpoint on, and the run's own before it."""
+    stored = found.state["recipe"]
+    periods = found.state.get("periods") or [[0, stored["log_every"], stored["eval_every"]]]
+    return Calendar.of(recipe, images, tuple(Period(*period) for period in periods), found.state["step"])
+
+
+def take_up(found: Found, job: Job) -> tuple[Where, list[str]]:
+    """Gives the job's tensors what the checkpoint holds. Returns where the run stands, and notes on how it goes on.
+
+    Raises UsageError: the checkpoint is of other images or targets, or does not fit.
+    """
+    state, identity = found.state, report.identity(job)
+    for name, option in {"images": "--data", "targets": "--label-cache", "teachers": "--teachers"}.items():
+        if state["identity"].get(name) != identity[name]:
+            raise UsageError(f"{option}: not the {name} that the run of {found.what} has seen")
+    epochs = state["recipe"].get("epochs")
+    if job.writing and job.recipe.label_cache_views is None and epochs != job.recipe.epochs:
+        raise UsageError(
+            f"--epochs {job.recipe.epochs}: the run of {found.what} writes a label cache of one view an epoch, "
+            f"{epochs}; use --epochs {epochs}, or another --run-dir"
+        )
+    restore(state, job, found.what)
+    where = Where(state["step"], state.get("bad_in_a_row", 0), Scores.of(state["scores"]))
+    return where, [*_extended(job, where), *notes(state, job.runtime)]
+
+
+def restore(state: dict[str, Any], job: Job, what: str) -> None:
     """Takes up what `capture` gave. With another number of processes the meters are averaged and random numbers start
     anew (dropout only: the view plan and CutMix do not depend on them). Raises UsageError if it does not fit."""
     try:
-        _restore(state, runtime, parts, train_step)
+        _restore(state, job)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{what}: does not fit this run ({reason})") from error
 
 
-def _restore(state: dict[str, Any], runtime: Runtime, parts: Parts, train_step: TrainStep) -> None:
-    parts.student.model.load_state_dict(state["student"])
-    if parts.trainee.objective.discriminator is not None:
-        parts.trainee.objective.discriminator.load_state_dict(state["discriminator"])
-    # The groups' settings are the recipe's, which is the same; a file of others need not be believed in them.
-    own = parts.optimizer.state_dict()
-    parts.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own["param_groups"]})
-    train_step.start_anew()
-    for parameter, momentum in parts.optimizer.state.items():
-        if any(buffer is not None and buffer.shape != parameter.shape for buffer in momentum.values()):
-            raise ValueError("a momentum buffer has another shape than its weight")
-    parts.scaler.load_state_dict(state["scaler"])
-    train_step.skipped.copy_(state["skipped"])
-    processes = state["processes"]
-    if any(process["meter"].shape != train_step.meter.shape for process in processes):
+def _restore(state: dict[str, Any], job: Job) -> None:
+    job.student.model.load_state_dict(state["student"])
+    if job.student.discriminator is not None:
+        job.student.discriminator.load_state_dict(state["discriminator"])
+    job.optimiser.load_state_dict(state)
+    runtime, meter, processes = job.runtime, job.meter, state["processes"]
+    meter.skipped.copy_(state["skipped"])
+    if any(process["meter"].shape != meter.sums.shape for process in processes):
         raise ValueError("the sums of its losses have another shape")
     if len(processes) != runtime.world_size:
-        train_step.meter.copy_(sum(process["meter"] for process in processes) / len(processes))
+        meter.sums.copy_(sum(process["meter"] for process in processes) / len(processes))
         return
     own = processes[runtime.rank]
-    train_step.meter.copy_(own["meter"])
+    meter.sums.copy_(own["meter"])
     torch.set_rng_state(own["rng"]["cpu"])
     if runtime.device.type == "cuda" and "cuda" in own["rng"]:
         torch.cuda.set_rng_state(own["rng"]["cuda"], runtime.device)
 
 
 def check(state: dict[str, Any], what: str) -> None:
-    """Raises UsageError where the plain values of a checkpoint are not what `capture` and the engine put there."""
+    """Raises UsageError where the plain values of a checkpoint are not what `content` put there."""
     for name in ("recipe", "identity", "scores"):
         if not isinstance(state.get(name), dict):
             raise UsageError(f"{what}: is damaged (its {name})")
     for name in ("start", "latest", "best"):
         line = state["scores"].get(name)
-        if line is not None and not (isinstance(line, dict) and isinstance(line.get("top1"), (int, float))):
+        if line is not None and not (
+            isinstance(line, dict) and isinstance(line.get("top1"), (int, float)) and type(line.get("step")) is int
+        ):
             raise UsageError(f"{what}: is damaged (its {name} score)")
     layouts = state.get("layouts", {})
     if not isinstance(layouts, dict) or not all(map(is_layout, layouts.values())):
         raise UsageError(f"{what}: is damaged (its teachers' layouts)")
     if type(state.get("bad_in_a_row", 0)) is not int:
         raise UsageError(f"{what}: is damaged (its count of bad steps)")
+    if not _are_periods(state.get("periods", [[0, 1, 0]])):
+        raise UsageError(f"{what}: is damaged (its periods)")
+
+
+def _are_periods(periods: Any) -> bool:
+    if not isinstance(periods, list) or not periods:
+        return False
+    if not all(isinstance(one, list) and len(one) == 3 and all(type(n) is int for n in one) for one in periods):
+        return False
+    firsts = [first for first, _, _ in periods]
+    return firsts == sorted(set(firsts)) and firsts[0] == 0 and all(log > 0 <= every for _, log, every in periods)
+
+
+def _extended(job: Job, where: Where) -> list[str]:
+    """A line where the best score is of an evaluation that this run's recipe would not have made."""
+    best = where.scores.best_at
+    if best is None or job.calendar.evaluates(best):
+        return []
+    return [
+        f"note: the evaluation after {best} steps, where the run was to end before it was extended, stays the best so "
+        "far, though a run that was planned so long would not have made it"
+    ]
 
 
 def notes(state: dict[str, Any], runtime: Runtime) -> list[str]:

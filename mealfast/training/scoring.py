@@ -5,7 +5,7 @@ Shape legend: B images of this process, H and W pixels, M models, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
-from mealfast.loaders import Loader
+from mealfast.loaders import Batch, DataError, Loader
 from mealfast.machine.processes import Runtime
+from mealfast.machine.stop_signal import Stopped
 
 Predict = Callable[..., list[torch.Tensor]]
+Batches = tuple[Batch, ...]
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,24 @@ def evaluate(
     student: int | None = None,
     pad_to: int | None = None,
     on_batch: Callable[[torch.Tensor, list[torch.Tensor]], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Scores M = `num_models` models on the images of the loaders, which run in step (one a kind of preprocessing).
 
     `predict` takes each loader's uint8 images [B, H, W, 3] and returns M logits [B, C]. `ensemble` names the models
     whose mean softmax is scored too, `student` the one whose KL to that mean is wanted. `pad_to` adds black images up
     to that many, so that compiled models see one shape only. `on_batch(images, logits)` sees every batch.
+
+    Raises Stopped, on every process, where `stopping()`, asked before each batch, says so on one of them, and likewise
+    DataError where a loader of one does.
     """
     device = runtime.device
     rows = num_models + bool(ensemble)
     correct = torch.zeros(rows, 2, dtype=torch.int64, device=device)  # right within the first 1 and 5 guesses
     images_seen = torch.zeros((), dtype=torch.int64, device=device)
     kl_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for batches in zip(*loaders, strict=True):
+    ending = _Ending(runtime, stopping)
+    for batches in ending.until_one_ends(zip(*loaders, strict=True)):
         labels = batches[0].labels
         count = len(labels)
         logits = predict(*(padded(batch.images, pad_to) for batch in batches))
@@ -76,6 +83,7 @@ def evaluate(
         images_seen += count
         if members and student is not None:
             kl_sum += ensemble_soft_cross_entropy(logits[student], members, reduction="none", return_kl=True)[1].sum()
+    ending.agree()
     runtime.sum(correct), runtime.sum(images_seen), runtime.sum(kl_sum)
     images = int(images_seen)
     if images == 0:
@@ -86,6 +94,35 @@ def evaluate(
         scores[num_models] if len(ensemble) > 1 else None,
         float(kl_sum) / images if ensemble and student is not None else None,
     )
+
+
+class _Ending:
+    """Why one process left its batches before their end, told to all where they meet: nobody waits for the one that is
+    gone. In between no process waits for another."""
+
+    def __init__(self, runtime: Runtime, stopping: Callable[[], bool]) -> None:
+        self._runtime, self._stopping = runtime, stopping
+        self._stopped, self._error = False, ""
+
+    def until_one_ends(self, batches: Iterator[Batches]) -> Iterator[Batches]:
+        """This process's batches, until there are no more, one cannot be had, or a signal came."""
+        try:
+            for one in batches:
+                if self._stopping():
+                    self._stopped = True
+                    return
+                yield one
+        except DataError as error:
+            self._error = str(error)
+
+    def agree(self) -> None:
+        """All processes together. Raises DataError or Stopped, on every process, if one of them had to leave."""
+        everyone = self._runtime.gather((self._stopped, self._error))
+        for _, error in everyone:
+            if error:
+                raise DataError(error)
+        if any(stopped for stopped, _ in everyone):
+            raise Stopped
 
 
 def _hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

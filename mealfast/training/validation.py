@@ -11,11 +11,10 @@ import torch
 
 from mealfast.kernels import ensemble_target
 from mealfast.loaders import EvalViews, eval_loader
-from mealfast.machine.processes import Runtime
-from mealfast.method import data as splits
-from mealfast.recipe import Recipe
-from mealfast.training import resume as run_state
-from mealfast.training.job import Parts
+from mealfast.method.data import class_names
+from mealfast.models.ensemble import FrozenEnsemble
+from mealfast.training.job import Job
+from mealfast.training.resume import share_buffers
 from mealfast.training.scoring import Evaluation, evaluate
 
 _PICTURES = 4  # shown with the top-5 of their target
@@ -27,24 +26,27 @@ ShowPictures = Callable[[torch.Tensor, torch.Tensor, list[str]], None]
 class Validation:
     """Scores the student, each teacher and their ensemble, and the student's KL to it, on every validation image."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, data: splits.Splits) -> None:
-        self.recipe, self.runtime, self.parts, self.data = recipe, runtime, parts, data
+    def __init__(self, job: Job) -> None:
+        self._job = job
         # The teachers' logits of every batch, K x [B, C] each, from the first evaluation: the images and the teachers
         # are the same in all of them. Without this an ImageNet run spends 3% of its time on hearing them again.
         self._kept: list[list[torch.Tensor]] = []
-        share = -(-len(data.val) // runtime.world_size)
-        self._keeps = len(parts.live_teachers) * share * parts.student.num_classes * 4 <= _ROOM
+        share = -(-len(job.data.val) // job.runtime.world_size)
+        self._keeps = len(job.live_teachers) * share * job.student.num_classes * 4 <= _ROOM
         self._number = 0  # of the batch that comes next
 
-    def __call__(self, show: ShowPictures | None = None) -> Evaluation:
-        """Models in the order student, teachers. `show` gets the first images, their targets and the class names."""
-        recipe, runtime, student = self.recipe, self.runtime, self.parts.student
-        run_state.share_buffers(student, runtime)
+    def __call__(self, show: ShowPictures | None = None, stopping: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Models in the order student, teachers. `show` gets the first images, their targets and the class names.
+
+        Raises Stopped where `stopping` says so before a batch, DataError where an image cannot be read.
+        """
+        job, recipe, runtime, student = self._job, self._job.recipe, self._job.runtime, self._job.student.normalised
+        share_buffers(student, runtime)
         batch_size = recipe.batch_size // runtime.world_size
-        teachers = range(1, 1 + len(self.parts.live_teachers))
+        teachers = range(1, 1 + len(job.live_teachers))
         loader = eval_loader(
             recipe.loader,
-            self.data.val,
+            job.data.val,
             EvalViews.from_crop_pct(recipe.size, recipe.eval_crop_pct, recipe.eval_interpolation),
             batch_size=batch_size,
             rank=runtime.rank,
@@ -62,28 +64,30 @@ class Validation:
                 runtime,
                 ensemble=teachers,
                 student=0 if teachers else None,
-                pad_to=batch_size if self.parts.compiled else None,
+                pad_to=batch_size if job.compiled else None,
                 on_batch=_FirstBatch(show, self._names()) if show and teachers else None,
+                stopping=stopping,
             )
         finally:
             student.train()
             loader.close()
 
     def _predict(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return [self.parts.trainee.logits(images), *(self._teacher_logits(images) if self.parts.teachers else [])]
+        teachers = self._job.teachers
+        return [self._job.student.logits(images), *(self._teacher_logits(teachers, images) if teachers else [])]
 
-    def _teacher_logits(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def _teacher_logits(self, teachers: FrozenEnsemble, images: torch.Tensor) -> list[torch.Tensor]:
         number = self._number
         self._number += 1
         if number < len(self._kept):
             return [logits.to(images.device, non_blocking=True) for logits in self._kept[number]]
-        found = self.parts.teachers(images)
+        found = teachers(images)
         if self._keeps:
             self._kept.append([logits.to("cpu", copy=True) for logits in found])
         return found
 
     def _names(self) -> list[str]:
-        return splits.class_names(self.data, self.parts.student.num_classes)
+        return class_names(self._job.data, self._job.student.num_classes)
 
 
 class _FirstBatch:

@@ -13,7 +13,9 @@ from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan, train_
 from mealfast.loaders.steps import TrainSteps
 from mealfast.method.cutmix import partner
 from mealfast.method.discriminator import Discriminator
+from mealfast.method.inputs import Inputs
 from mealfast.method.objective import TERMS, Objective
+from mealfast.method.targets import Target
 from mealfast.recipe import make_recipe
 from mealfast.training.loop import train
 
@@ -121,6 +123,11 @@ def logits():
     return student, target
 
 
+def part(kept):
+    """Inputs of which the objective needs the share that is each image's own."""
+    return Inputs(torch.empty(B, 0), torch.zeros(B, dtype=torch.int64), kept=kept)
+
+
 def split(target, k):
     probabilities, ids = target.topk(k, dim=1)
     return ids.int(), probabilities
@@ -140,7 +147,7 @@ def test_objective_is_cross_entropy_to_the_mixed_targets(logits, k, kept):
     cached, dense = split(target, k), spread(target, k)
     if kept < 1:
         cached, dense = (*cached, *map(partner, cached)), kept * dense + (1 - kept) * partner(dense)
-    loss, terms = Objective()(student, [], kept, torch.zeros(B, dtype=torch.int64), None, cached)
+    loss, terms = Objective()(student, Target(top_k=cached), part(kept))
     exact = -(dense * student.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss, exact, rtol=1e-9, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(one, student)[0] for one in (loss, exact)), rtol=1e-9, atol=1e-12)
@@ -157,7 +164,7 @@ def test_the_discriminator_tells_log_probabilities_apart(logits, kept):
     cached, dense = split(target, 3), spread(target, 3)
     if kept < 1:
         cached, dense = (*cached, *map(partner, cached)), kept * dense + (1 - kept) * partner(dense)
-    _, terms = Objective(0.0, discriminator)(student, [], kept, torch.zeros(B, dtype=torch.int64), None, cached)
+    _, terms = Objective(0.0, discriminator)(student, Target(top_k=cached), part(kept))
     sides = student.log_softmax(1), dense.log()
     expected = discriminator(*(side - side.mean(1, keepdim=True) for side in sides))
     assert float(terms[TERMS.index("discriminator_loss")]) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -166,7 +173,7 @@ def test_the_discriminator_tells_log_probabilities_apart(logits, kept):
 def test_a_target_of_one_class_has_finite_log_probabilities(logits):
     student = logits[0].detach().float().requires_grad_()
     cached = torch.zeros(B, 1, dtype=torch.int32), torch.ones(B, 1)
-    loss, terms = Objective(0.0, Discriminator(C, "adversarial"))(student, [], 1.0, torch.zeros(B).long(), None, cached)
+    loss, terms = Objective(0.0, Discriminator(C, "adversarial"))(student, Target(top_k=cached), part(1.0))
     loss.backward()
     assert torch.isfinite(terms).all()
     assert torch.isfinite(student.grad).all()

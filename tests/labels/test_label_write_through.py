@@ -21,10 +21,11 @@ from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan
 from mealfast.measure import forecast
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.recipe import make_recipe
-from mealfast.training.loop import Run, train
-from mealfast.training.step import TrainStep
+from mealfast.training.loop import train
+from mealfast.training.outputs import Outputs
+from mealfast.training.step import Step
 
-from ..runs import assert_same_run, differences, last, lines_but_speeds
+from ..runs import assert_same_run, die, differences, last, lines_but_speeds
 
 VIEWS, K = 2, 2
 
@@ -139,8 +140,9 @@ def test_no_teacher_runs_once_the_cache_is_there(writing, tmp_path, monkeypatch)
 
 def test_steps_that_are_only_measured_write_nothing(writing, whole, tmp_path, monkeypatch):
     measured = forecast.forecast
-    monkeypatch.setattr(forecast, "forecast", lambda run, seconds, say: measured(run, 0.02, say))
-    run(writing, tmp_path / "run", stage_report=True)
+    monkeypatch.setattr(forecast, "forecast", lambda job, seconds, say, first: measured(job, 0.02, say, first))
+    fields = {**writing, "run_dir": str(tmp_path / "run"), "label_cache": str(tmp_path / "run-cache")}
+    train(make_recipe(**fields), forecast.stage_report)
     assert_same_run(tmp_path / "run", whole)
     assert content(tmp_path / "run-cache") == content(f"{whole}-cache")
 
@@ -154,14 +156,14 @@ def test_later_epochs_read_what_the_run_wrote(writing, whole, tmp_path):
     run(writing, six)
     assert_same_run(six, whole)
     targets = LabelCache(f"{whole}-cache").targets(0, np.arange(25))
-    seen, real = [], TrainStep.__call__
+    seen, real = [], Step.__call__
 
     def recorded(self, batch, step):
         seen.append((step, batch.targets, batch.indices))
         return real(self, batch, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", recorded)
+        patch.setattr(Step, "__call__", recorded)
         run(writing, tmp_path / "again", f"{whole}-cache", seed=0)
     for step, found, indices in seen[:3] + seen[6:9]:
         assert step in (0, 1, 2, 6, 7, 8)
@@ -188,21 +190,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(everything, whole_everything, tm
 @pytest.mark.parametrize("at", [2, 3, 8])
 def test_a_run_that_dies_anywhere_goes_on(writing, whole, tmp_path, monkeypatch, at):
     """Checkpoint and cache then disagree; after step 3 the view of a saved epoch is unfinished."""
-    finish, step = Run._finish_views, TrainStep.__call__
+    finish, step = Outputs.finish_views, Step.__call__
 
-    def dies(self, *arguments):
-        if isinstance(self, Run):
-            if self.step == at and at % 3 == 0:
-                raise MemoryError
-            return finish(self, *arguments)
-        if arguments[1] == at and at % 3:
-            raise MemoryError
-        return step(self, *arguments)
+    def dies_between(self, epochs):
+        if 3 * epochs.stop == at:
+            die()
+        return finish(self, epochs)
+
+    def dies_within(self, batch, number):
+        if number == at and at % 3:
+            die()
+        return step(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_finish_views", dies)
-        patch.setattr(TrainStep, "__call__", dies)
-        with pytest.raises(MemoryError):
+        patch.setattr(Outputs, "finish_views", dies_between)
+        patch.setattr(Step, "__call__", dies_within)
+        with pytest.raises(KeyboardInterrupt):
             run(writing, tmp_path / "killed", checkpoint_every=2)
     run(writing, tmp_path / "killed")
     assert_same_run(tmp_path / "killed", whole)

@@ -11,7 +11,8 @@ from mealfast.machine import cuda_graphs
 from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run, train
+from mealfast.training.assemble import make_job
+from mealfast.training.loop import train
 
 from ..runs import last, lines
 
@@ -37,7 +38,7 @@ def stand_in(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     monkeypatch.setattr(cuda_graphs, "on_side_stream", lambda function: function())
-    monkeypatch.setattr("mealfast.training.job._check_cuda_graphs", lambda *of: None)
+    monkeypatch.setattr("mealfast.training.assemble._check_cuda_graphs", lambda *of: None)
     return captured
 
 
@@ -91,9 +92,9 @@ class TestOnAGpu:
 
     def test_captured_teachers_say_the_same(self, fields, tmp_path, exact_cuda):
         recipe = make_recipe(**{**fields, "device": "cuda", "amp": "off", "run_dir": str(tmp_path)})
-        runtime = runtimes.start("cuda", "off")
-        run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
-        ensemble = run.parts.teachers
+        runtime = runtimes.start("cuda")
+        job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
+        ensemble = job.teachers
         assert ensemble._captured is not None
         for seed in (1, 2):
             generator = torch.Generator().manual_seed(seed)
@@ -125,12 +126,12 @@ class TestOnAGpu:
     def test_a_replayed_step_does_not_wait_for_the_device(self, fields, tmp_path):
         settings = {**fields, **ALL, "device": "cuda", "cuda_graphs": "step", "run_dir": str(tmp_path)}
         recipe = make_recipe(**settings)
-        run = Run(recipe, runtimes.start("cuda", "auto"), RunDirectory(recipe.run_dir))
-        loader = run.loader(0, 8)
+        job, _, _ = make_job(recipe, runtimes.start("cuda"), RunDirectory(recipe.run_dir))
+        loader, train_step = job.loader(0, 8), job.step()
         try:
             for step, batch in enumerate(loader):
                 torch.cuda.set_sync_debug_mode("error" if step > cuda_graphs.WARM_UP else "default")
-                run.train_step(batch, step)
+                train_step(batch, step)
                 torch.cuda.set_sync_debug_mode("default")
         finally:
             torch.cuda.set_sync_debug_mode("default")

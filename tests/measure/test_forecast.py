@@ -13,15 +13,16 @@ from mealfast.measure import forecast, stages
 from mealfast.measure.stages import Stage
 from mealfast.recipe import make_recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training.loop import Run, train
+from mealfast.training.assemble import make_job
+from mealfast.training.loop import train
 
 from ..runs import assert_same_run
 
-CPU = runtimes.start("cpu", "off")
+CPU = runtimes.start("cpu")
 
 
-def made_run(options, **changes):
-    return Run(make_recipe(**{**options, **changes}), CPU, RunDirectory(options["run_dir"]))
+def made(options, **changes):
+    return make_job(make_recipe(**{**options, **changes}), CPU, RunDirectory(options["run_dir"]))[0]
 
 
 def stage(name, seconds, batch=8):
@@ -29,9 +30,9 @@ def stage(name, seconds, batch=8):
 
 
 def test_every_stage_is_measured(options):
-    run = made_run(options)
-    found = list(stages.measure(run, seconds=0.02))
-    teachers = [f"teacher {spec}" for spec in run.recipe.teachers]
+    job = made(options)
+    found = list(stages.measure(job, seconds=0.02))
+    teachers = [f"teacher {spec}" for spec in job.recipe.teachers]
     assert [one.name for one in found] == [
         "decode", *teachers, "ensemble", "student forward", "student forward and backward", "loss",
         "step, one batch replayed", "optimiser", "step", "step from a label cache",
@@ -43,10 +44,10 @@ def test_every_stage_is_measured(options):
 
 def test_a_run_that_begins_with_a_report_is_the_run_without(options, tmp_path, monkeypatch):
     measure = stages.measure
-    monkeypatch.setattr(stages, "measure", lambda run, seconds: measure(run, 0.02))
+    monkeypatch.setattr(stages, "measure", lambda job, seconds, first: measure(job, 0.02, first))
     options |= {"cutmix": True, "max_steps": 5, "student": options["student"].replace("@", "?drop_rate=0.3@")}
-    for name, report in (("with", True), ("without", False)):
-        train(make_recipe(**{**options, "run_dir": str(tmp_path / name), "stage_report": report}))
+    for name, report in (("with", forecast.stage_report), ("without", None)):
+        train(make_recipe(**{**options, "run_dir": str(tmp_path / name), "stage_report": bool(report)}), report)
     assert_same_run(tmp_path / "with", tmp_path / "without")
 
 
@@ -86,17 +87,17 @@ def test_the_bottleneck_is_the_loader_or_the_largest_part():
 
 
 def test_hours_are_steps_and_evaluations(options, monkeypatch):
-    run = made_run(options, epochs=4, eval_every=2, lr_decay_epochs=())
+    job = made(options, epochs=4, eval_every=2, lr_decay_epochs=())
     parts = [
         stage("decode", 1), stage("ensemble", 4), stage("student forward", 1), stage("loss", 1), stage("step", 6),
         stage("step, one batch replayed", 5), stage("step from a label cache", 2),
     ]  # fmt: skip
-    monkeypatch.setattr(stages, "measure", lambda run, seconds: iter(parts))
-    made = forecast.forecast(run, 1.0)
+    monkeypatch.setattr(stages, "measure", lambda job, seconds, first: iter(parts))
+    found = forecast.forecast(job, 1.0)
     # 4 epochs of 3 steps; 11 images at the start, after 2 and after 4 epochs, 8 a second, and the teachers once.
-    assert 3600 * made.hours == pytest.approx(12 * 6 + 3 * 11 / 8 + 11 * 4 / 8)
-    assert 3600 * made.cached_hours == pytest.approx(12 * 2 + 3 * 11 / 8 + 11 * 4 / 8)
-    assert 3600 * made.cache_build_hours == pytest.approx(4 * 25 / 2)
+    assert 3600 * found.hours == pytest.approx(12 * 6 + 3 * 11 / 8 + 11 * 4 / 8)
+    assert 3600 * found.cached_hours == pytest.approx(12 * 2 + 3 * 11 / 8 + 11 * 4 / 8)
+    assert 3600 * found.cache_build_hours == pytest.approx(4 * 25 / 2)
 
 
 def test_memory_is_seen_and_the_batch_follows():

@@ -5,9 +5,9 @@ import torch
 
 from mealfast.method.cutmix import partner
 from mealfast.method.discriminator import Discriminator
+from mealfast.method.inputs import Inputs
 from mealfast.method.objective import TERMS, Objective, hard_cross_entropy
-from mealfast.recipe import make_recipe
-from mealfast.training.lr_schedule import lr_factor
+from mealfast.method.targets import Target
 
 from .. import released_code
 
@@ -20,6 +20,10 @@ def logits():
     generator = torch.Generator().manual_seed(4)
     made = [5 * torch.randn(B, C, generator=generator, dtype=torch.float64) for _ in range(4)]
     return made[0].requires_grad_(), made[1:], torch.randint(0, C, (B,), generator=generator)
+
+
+def part(labels, partner_labels=None, kept=1.0):
+    return Inputs(torch.empty(len(labels), 0), labels, partner_labels, kept=kept)
 
 
 def backward(loss, at):
@@ -40,7 +44,7 @@ def test_soft_targets_alone(logits, dtype, count):
     student, teachers, labels = logits
     given = student.detach().to(dtype).requires_grad_()
     teachers = [teacher.to(dtype) for teacher in teachers[:count]]
-    loss, terms = Objective()(given, teachers, 1.0, labels)
+    loss, terms = Objective()(given, Target(teachers), part(labels))
     exact = given.detach().double().requires_grad_()
     expected = released_code.soft_cross_entropy(exact, [teacher.double() for teacher in teachers])
     close(loss, expected, dtype)
@@ -60,8 +64,8 @@ def test_hard_labels_beside_the_soft(logits, weight, kept):
     student, teachers, labels = logits
     student = student.detach().float().requires_grad_()
     teachers = [teacher.float() for teacher in teachers] if weight < 1 else []
-    labels_given = (labels,) if kept is None else (labels, partner(labels))
-    loss, terms = Objective(weight)(student, teachers, kept or 1.0, *labels_given)
+    given = part(labels) if kept is None else part(labels, partner(labels), kept)
+    loss, terms = Objective(weight)(student, Target(teachers), given)
 
     exact = student.detach().double().requires_grad_()
     log_q = torch.log_softmax(exact, dim=1)
@@ -95,7 +99,7 @@ def test_the_discriminator_is_added_with_weight_one(logits):
     teachers = [teacher.float() for teacher in teachers]
     torch.manual_seed(0)
     discriminator = Discriminator(C, "cooperative")
-    loss, terms = Objective(0.0, discriminator)(student, teachers, 1.0, labels)
+    loss, terms = Objective(0.0, discriminator)(student, Target(teachers), part(labels))
     layers = [
         (layer.weight.double(), layer.bias.double())
         for layer in discriminator.layers
@@ -117,20 +121,9 @@ def test_half_precision_logits_are_computed_in_float32(logits):
     student, teachers, labels = logits
     rounded = student.detach().bfloat16().requires_grad_()
     teachers = [teacher.bfloat16() for teacher in teachers]
-    loss, _ = Objective(0.5)(rounded, teachers, 1.0, labels)
+    loss, _ = Objective(0.5)(rounded, Target(teachers), part(labels))
     exact = rounded.detach().double()
     soft = released_code.soft_cross_entropy(exact, [teacher.double() for teacher in teachers])
     hard = torch.nn.functional.cross_entropy(exact, labels)
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(0.5 * float(soft) + 0.5 * float(hard), rel=1e-6)
-
-
-def test_the_papers_learning_rate():
-    recipe = make_recipe("resnet50-224")
-    rates = [recipe.lr * lr_factor(epoch, recipe.lr_decay_epochs, recipe.lr_decay) for epoch in range(recipe.epochs)]
-    assert rates == [0.01] * 100 + [pytest.approx(0.001, rel=1e-12)] * 80
-
-
-def test_a_learning_rate_of_several_steps():
-    assert [lr_factor(epoch, (2, 4), 0.5) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
-    assert lr_factor(7, (), 0.1) == 1

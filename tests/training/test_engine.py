@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,22 +13,31 @@ import torch
 from mealfast.errors import UsageError
 from mealfast.loaders import Batch, ImageIndex, ViewPlan
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.models.spec import parse
 from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training import resume as run_state
 from mealfast.training import validation
-from mealfast.training.loop import Run, train
+from mealfast.training.assemble import make_job
+from mealfast.training.job import Job
+from mealfast.training.loop import run_job, train
+from mealfast.training.resume import capture
+from mealfast.training.where import Where
 
 from ..plain_loop import PlainLoop, PlainModel, views
 
 STEPS_PER_EPOCH = 3  # 25 images in batches of 8
 
 
-def make_run(options, **changes) -> Run:
+def made(options, **changes) -> Job:
     recipe = make_recipe(**{**options, **changes})
-    return Run(recipe, runtimes.start("cpu", "off"), RunDirectory(recipe.run_dir))
+    return make_job(recipe, runtimes.start("cpu"), RunDirectory(recipe.run_dir))[0]
+
+
+def run(job: Job):
+    """Runs a new job to its end; what is in its summary."""
+    return run_job(job, Where(), RunDirectory(job.recipe.run_dir))
 
 
 def metrics(recipe_or_dir, kind):
@@ -55,10 +65,10 @@ def test_a_run_is_the_plain_loop(options, tree, weights, mode):
     options |= {"epochs": 2, "max_steps": 4, "lr": 0.01, "lr_decay_epochs": (1,), "log_every": 1, "eval_every": 0}
     options["student"] = f"test_resnet@{weights('test_resnet', 1)}"  # its BatchNorms see 4 x 4 pixels at the end, not 1
     changes = {"discriminator": mode, "weight_decay": 1e-3, "hard_label_weight": 0.25}
-    run = make_run(options, **changes)
+    job = made(options, **changes)
     layers = []
     if mode != "off":
-        discriminator = run.parts.trainee.objective.discriminator
+        discriminator = job.student.discriminator
         with torch.no_grad():  # heard beside the other losses: fresh from its seed it says little
             for p in discriminator.parameters():
                 p.mul_(2.5)
@@ -68,7 +78,7 @@ def test_a_run_is_the_plain_loop(options, tree, weights, mode):
     loop = PlainLoop(
         student, [plain_model(spec) for spec in options["teachers"]], layers, mode, 0.01, 0.9, 1e-3, hard_weight=0.25
     )
-    run.train()
+    run(job)
 
     index = ImageIndex.scan(tree / "train")
     plan = ViewPlan(index.widths, index.heights, seed=0, size=32)
@@ -108,11 +118,11 @@ def copies(state):
 
 def one_step(options, images, labels, **changes):
     """The student's change by the first step on a batch."""
-    run = make_run(options, **changes)
-    before = copies(run.parts.student.model.state_dict())
-    run.train_step(Batch(images, labels, torch.arange(len(labels))), 0)
-    after = run.parts.student.model.state_dict()
-    return {key: after[key] - before[key] for key in after}, run.train_step.meter.clone()
+    job = made(options, **changes)
+    before = copies(job.student.model.state_dict())
+    job.step()(Batch(images, labels, torch.arange(len(labels))), 0)
+    after = job.student.model.state_dict()
+    return {key: after[key] - before[key] for key in after}, job.meter.sums.clone()
 
 
 @pytest.mark.parametrize("changes", [{}, {"cutmix": True, "hard_label_weight": 0.5}], ids=["plain", "cutmix"])
@@ -133,16 +143,16 @@ def test_accumulated_parts_make_the_step_of_the_whole(options, weights, changes)
             torch.testing.assert_close(split[key], change, rtol=0, atol=1e-5 * largest)
 
 
-def batch_of(run: Run, seed: int) -> Batch:
+def batch_of(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=generator)
     return Batch(images, torch.randint(0, 3, (8,), generator=generator), torch.arange(8))
 
 
-def trained_bits(run: Run):
+def trained_bits(job: Job):
     """Every trained number: student, discriminator, momentum."""
-    state = run_state.capture(run.runtime, run.parts, run.train_step)
-    tensors = [p.detach().clone() for p in run.parts.trainee.parameters()]
+    state = capture(job)
+    tensors = [p.detach().clone() for p in job.student.parameters()]
     momentum = [one["momentum_buffer"].clone() for one in state["optimizer"]["state"].values()]
     assert len(momentum) == len(tensors)
     return tensors + momentum
@@ -161,54 +171,56 @@ class NanTeachers:
 @pytest.mark.parametrize("first", [True, False], ids=["the first step", "a later step"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_batch_with_nan_changes_no_bit(options, first, value):
-    run = make_run(options)
+    job = made(options)
     if not first:
-        run.train_step(batch_of(run, 1), 0)
-    before, teachers = trained_bits(run), run.parts.teachers
+        job.step()(batch_of(1), 0)
+    before = trained_bits(job)
     if not first:
         assert any(bits.abs().max() > 0 for bits in before[len(before) // 2 :]), "there is no momentum to lose"
-    run.parts.teachers = NanTeachers(teachers, value)
-    run.train_step(batch_of(run, 2), 1)
-    assert int(run.train_step.skipped) == 1
-    for now, then in zip(trained_bits(run), before, strict=True):
+    replace(job, teachers=NanTeachers(job.teachers, value)).step()(batch_of(2), 1)
+    assert int(job.meter.skipped) == 1
+    for now, then in zip(trained_bits(job), before, strict=True):
         assert torch.equal(now, then)
 
-    run.parts.teachers = teachers
-    run.train_step(batch_of(run, 3), 2)
-    assert int(run.train_step.skipped) == 1
-    after = trained_bits(run)
+    job.step()(batch_of(3), 2)
+    assert int(job.meter.skipped) == 1
+    after = trained_bits(job)
     assert all(torch.isfinite(one).all() for one in after)
     assert not torch.equal(after[0], before[0]), "the run must go on"
 
 
 def test_a_forward_pass_that_overflows_leaves_no_trace_in_batchnorm(options):
     """Running statistics are written in the forward pass, before anyone knows that the step will be skipped."""
-    run = make_run(options)
-    run.train_step(batch_of(run, 1), 0)
-    model = run.parts.student.model
+    job = made(options)
+    step = job.step()
+    step(batch_of(1), 0)
+    model = job.student.model
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     assert len(before) > 4
     hook = model.conv_stem.register_forward_hook(lambda module, inputs, output: output * math.inf)
-    run.train_step(batch_of(run, 2), 1)
+    step(batch_of(2), 1)
     hook.remove()
-    assert int(run.train_step.skipped) == 1
+    assert int(job.meter.skipped) == 1
     for name, then in before.items():
         assert torch.equal(model.get_buffer(name), then), name
-    run.train_step(batch_of(run, 3), 2)
+    step(batch_of(3), 2)
     assert any(not torch.equal(model.get_buffer(name), then) for name, then in before.items()), "a good step moves them"
+
+
+def with_bad_call(job: Job, number: int) -> Job:
+    """The job with teachers that say NaN when they are called for the `number`-th time."""
+    calls = []
+
+    def say(images):
+        calls.append(1)
+        return (NanTeachers(job.teachers, math.nan) if len(calls) == number else job.teachers)(images)
+
+    return replace(job, teachers=say)
 
 
 def test_a_skipped_step_is_counted_and_leaves_the_log_finite(options):
     options |= {"max_steps": 4, "eval_every": 0, "eval_start": False, "log_every": 2}
-    run = make_run(options)
-    teachers, calls = run.parts.teachers, []
-
-    def second_is_bad(images):
-        calls.append(1)
-        return (NanTeachers(teachers, math.nan) if len(calls) == 2 else teachers)(images)
-
-    run.parts.teachers = second_is_bad
-    assert run.train()["skipped_steps"] == 1
+    assert run(with_bad_call(made(options), 2))["skipped_steps"] == 1
     text = (RunDirectory(options["run_dir"]).path / "metrics.jsonl").read_text()
     assert "NaN" not in text, "no JSON parser but Python's reads NaN"
     lines = metrics(options["run_dir"], "train")
@@ -218,15 +230,7 @@ def test_a_skipped_step_is_counted_and_leaves_the_log_finite(options):
 
 def test_a_window_of_skipped_steps_only_is_logged(options):
     options |= {"max_steps": 2, "eval_every": 0, "eval_start": False, "log_every": 1}
-    run = make_run(options)
-    teachers, calls = run.parts.teachers, []
-
-    def first_is_bad(images):
-        calls.append(1)
-        return (NanTeachers(teachers, math.nan) if len(calls) == 1 else teachers)(images)
-
-    run.parts.teachers = first_is_bad
-    assert run.train()["skipped_steps"] == 1
+    assert run(with_bad_call(made(options), 1))["skipped_steps"] == 1
     first, second = metrics(options["run_dir"], "train")
     assert first["loss"] is None
     assert math.isfinite(second["loss"])
@@ -334,55 +338,54 @@ def test_auto_is_bf16_on_cpus_where_it_is_faster(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     changes = {"amp": "auto", "student": f"{student}@{weights(student, 1)}", "run_dir": str(tmp_path)}
-    runtime = runtimes.start("cpu", "auto")
-    assert runtime.precision == ("bfloat16" if avx512 else "float32")
-    run = Run(make_recipe(**{**fields, **changes}), runtime, RunDirectory(tmp_path))
-    assert run.parts.trainee.precision == expected
-    logits = run.parts.trainee.logits(next(iter(run.loader(0, 1))).images)
+    runtime = runtimes.start("cpu")
+    assert name_of(precision("auto", runtime.device)) == ("bfloat16" if avx512 else "float32")
+    job, _, _ = make_job(make_recipe(**{**fields, **changes}), runtime, RunDirectory(tmp_path))
+    assert job.student.precision == expected
+    logits = job.student.logits(next(iter(job.loader(0, 1))).images)
     assert str(logits.dtype) == f"torch.{expected}"
 
 
 @pytest.mark.parametrize("size", [26, 1000])
 def test_more_images_a_batch_than_there_are_is_refused(options, size):
     with pytest.raises(UsageError, match=f"--batch-size {size}: .* holds only 25 images"):
-        make_run(options, batch_size=size)
+        made(options, batch_size=size)
 
 
 def test_an_accumulation_that_does_not_divide_is_refused(options):
     with pytest.raises(UsageError, match="--batch-size 8: must be a multiple of processes x --accumulate = 1 x 3"):
-        make_run(options, accumulate=3)
+        made(options, accumulate=3)
 
 
 def test_frozen_parameters_stay_and_do_not_break_the_step(options):
-    run = make_run(options)
-    first = next(iter(run.parts.student.model.parameters()))
+    job = made(options)
+    first = next(iter(job.student.model.parameters()))
     first.requires_grad_(False)
     before = first.clone()
-    run.train_step(batch_of(run, 1), 0)
+    job.step()(batch_of(1), 0)
     assert torch.equal(first, before)
-    assert np.isfinite(run.train_step.meter.numpy()).all()
+    assert np.isfinite(job.meter.sums.numpy()).all()
 
 
 @pytest.mark.parametrize("room", [2 << 30, 0], ids=["kept", "no room"])
 def test_teachers_run_in_the_first_evaluation_only(options, monkeypatch, room):
     monkeypatch.setattr(validation, "_ROOM", room)
-    run = make_run(options)
-    teachers, calls = run.parts.teachers, []
+    plain, calls = made(options), []
 
-    class Counting:
-        def __call__(self, images):
-            calls.append(len(images))
-            return teachers(images)
+    def counting(images):
+        calls.append(len(images))
+        return plain.teachers(images)
 
-    run.parts.teachers = Counting()
-    first = run.validate()
+    job = replace(plain, teachers=counting)
+    validate = validation.Validation(job)
+    first = validate()
     batches = len(calls)
     assert sum(calls) == 11
-    run.train_step(batch_of(run, 1), 0)
+    job.step()(batch_of(1), 0)
     calls.clear()
-    second = run.validate()
+    second = validate()
     assert len(calls) == (0 if room else batches)
-    fresh = validation.Validation(run.recipe, run.runtime, run.parts, run.data)()
+    fresh = validation.Validation(job)()
     assert second == fresh, "what was kept is what the teachers say"
     assert second.kl != first.kl, "the student has moved"
     assert second.models[1:] == first.models[1:]

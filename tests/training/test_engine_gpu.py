@@ -9,7 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mealfast.method.discriminator import Discriminator
+from mealfast.method.inputs import Inputs
 from mealfast.method.objective import TERMS, Objective
+from mealfast.method.targets import Target
 from mealfast.models.ensemble import Ensemble
 from mealfast.models.normalised import build
 from mealfast.recipe import make_recipe
@@ -30,7 +32,8 @@ def test_the_forward_path_stays_on_one_cuda_device():
         labels = torch.zeros(4, dtype=torch.int64)
         with torch.no_grad():
             teacher_logits = ensemble(images)
-            loss, terms = objective(student(images), teacher_logits, 0.5, labels, labels.roll(1))
+            part = Inputs(images, labels, labels.roll(1), kept=0.5)
+            loss, terms = objective(student(images), Target(teacher_logits), part)
         assert {tensor.device.type for tensor in (loss, terms, *teacher_logits)} == {"cuda"}
         assert terms.shape == (len(TERMS),)
 

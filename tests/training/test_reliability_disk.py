@@ -19,9 +19,9 @@ from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
 from mealfast.record.checkpoint_writer import CheckpointWriter
 from mealfast.training.loop import train
-from mealfast.training.step import TrainStep
+from mealfast.training.step import Step
 
-from ..runs import assert_same_run, lines
+from ..runs import assert_same_run, die, lines
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def small_disk(tmp_path):
 
 def during(monkeypatch, steps: range, trouble):
     """Has the steps numbered so, and what the loop does after them, run in the context `trouble()`."""
-    step, inside = TrainStep.__call__, []
+    step, inside = Step.__call__, []
 
     def call(self, batch, number):
         for thread in threading.enumerate():  # so that it is told from the step which checkpoints were in time
@@ -77,7 +77,7 @@ def during(monkeypatch, steps: range, trouble):
             inside[0].__enter__()
         return step(self, batch, number)
 
-    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(Step, "__call__", call)
     return inside
 
 
@@ -138,18 +138,18 @@ def test_a_run_goes_on_where_the_disk_is_full_and_nothing_is_missing_after(
 
 def test_the_checkpoint_before_stays_whole_and_a_resumed_run_is_the_same(fields, whole, tmp_path, monkeypatch):
     """The process dies while the disk is full: what it goes on from is the last checkpoint that was written."""
-    step = TrainStep.__call__
+    step = Step.__call__
 
     def dies(self, batch, number):
         if number == 5:
-            raise MemoryError
+            die()
         return step(self, batch, number)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", dies)
+        patch.setattr(Step, "__call__", dies)
         during(patch, range(2, 99), lambda: largest_file(1000))
-        with pytest.raises(MemoryError), largest_file(resource.RLIM_INFINITY):
+        with pytest.raises(KeyboardInterrupt), largest_file(resource.RLIM_INFINITY):
             run(fields, folder)
     files = checkpoint.candidates(folder / "checkpoints")
     assert [checkpoint.step_of(path) for path in files] == [2, 1]

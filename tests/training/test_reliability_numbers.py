@@ -7,27 +7,28 @@ import torch
 
 from mealfast.cli.endings import run_command
 from mealfast.errors import RunError
+from mealfast.method.inputs import Inputs
 from mealfast.recipe import make_recipe
-from mealfast.training.bad_steps import BadSteps
+from mealfast.training.guard import Guard
 from mealfast.training.loop import train
-from mealfast.training.step import TrainStep
+from mealfast.training.step import Step
 
 from ..runs import assert_same_run, differences, last
 
 
 def poison(monkeypatch, steps):
     """Makes the loss of these steps NaN, through the weight of the labels' part: nothing else is touched."""
-    step = TrainStep.__call__
+    step = Step.__call__
 
     def call(self, batch, number):
-        objective = self.parts.trainee.objective
+        objective = self.student.objective
         objective.hard_label_weight = float("nan") if number in steps else 0.0
         try:
             return step(self, batch, number)
         finally:
             objective.hard_label_weight = 0.0
 
-    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(Step, "__call__", call)
 
 
 def run(fields, folder, **changes):
@@ -48,21 +49,23 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_weights(fields, tmp_pa
     assert found["step"] == 6
     # The images that the plan has for step 6, and what the model says of them: computed again, apart from the run.
     seen = {}
-    step = TrainStep.__call__
+    step = Step.__call__
 
     def watch(self, batch, number):
         if number == 6:
-            student, images = self.parts.student, batch.images
+            student, images = self.student.normalised, batch.images
             seen["indices"] = batch.indices.tolist()
             student.load_state_dict(
                 {"model." + k: v for k, v in last(tmp_path / "bad")["student"].items()}, strict=False
             )
             with torch.no_grad():
                 seen["student"] = float(student(images).abs().max())
-                seen["teachers"] = [float(logits.abs().max()) for logits in self.parts.teachers(images)]
+                seen["teachers"] = [
+                    float(logits.abs().max()) for logits in self.target_source(Inputs(images, batch.labels)).logits
+                ]
         return step(self, batch, number)
 
-    monkeypatch.setattr(TrainStep, "__call__", watch)
+    monkeypatch.setattr(Step, "__call__", watch)
     run(fields, tmp_path / "good", max_steps=7)
     assert found["indices"] == seen["indices"]
     assert all(path.endswith(".jpg") for path in found["paths"])
@@ -103,7 +106,7 @@ def test_steps_are_read_late_and_none_is_forgotten():
     skipped = torch.zeros((), dtype=torch.int64)
     for limit, wanted in ((4, True), (5, False)):
         skipped.zero_()
-        watch, read = BadSteps(limit, 5, skipped), []
+        watch, read = Guard(limit, 5, skipped), []
         for step, one in enumerate(bad):
             skipped += one
             watch.note(skipped)

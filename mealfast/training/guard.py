@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 
-class BadSteps:
+class Guard:
     """Notes on the device, by one tiny copy a step, how many steps have been skipped in all; read when the run logs."""
+
+    in_a_row: int  # steps skipped just now, one after the other; set by `read`
+    too_many: bool  # whether they have ever reached the limit; set by `read`
 
     def __init__(self, limit: int, capacity: int, skipped: torch.Tensor, in_a_row: int = 0) -> None:
         """`limit` in a row are too many. `capacity`: the most steps between two reads. `skipped`: int64 scalar on the
@@ -21,7 +24,7 @@ class BadSteps:
         self._noted += 1
 
     def read(self) -> list[bool]:
-        """Whether each step since the last read was skipped. Waits for the device; sets `in_a_row` and `too_many`."""
+        """Whether each step since the last read was skipped. Waits for the device."""
         bad = []
         for total in self._totals[: self._noted].tolist():
             bad.append(total > self._total)

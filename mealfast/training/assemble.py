@@ -1,0 +1,152 @@
+"""From a recipe to the objects of a run: models on their device, teachers made ready, a checkpoint taken up.
+
+Shape legend: B images of this process, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mealfast.errors import UsageError
+from mealfast.labels.fit import check_fit, open_label_cache
+from mealfast.labels.write_through import write_plan
+from mealfast.machine.precision import precision
+from mealfast.machine.processes import Runtime
+from mealfast.method.data import Splits, number_classes, scan_splits, view_plan
+from mealfast.method.student import Student
+from mealfast.models import normalised as models
+from mealfast.models.tuning import prepare
+from mealfast.recipe import Recipe
+from mealfast.record.run_directory import RunDirectory
+from mealfast.training import resume
+from mealfast.training.job import Job
+from mealfast.training.meter import Meter
+from mealfast.training.optimiser import Optimiser
+from mealfast.training.step_calendar import Calendar
+from mealfast.training.where import Where
+
+
+def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple[Job, Where, list[str]]:
+    """Builds everything, takes up the checkpoint that `--resume` asks for, and makes the teachers ready, all processes
+    together. Also returns where the run stands, and notes on how it goes on.
+
+    Writes nothing. Raises UsageError or DataError for what the user can mend.
+    """
+    precision(recipe.amp, runtime.device)  # refused before anything is read
+    if recipe.batch_size % (runtime.world_size * recipe.accumulate):
+        raise UsageError(
+            f"--batch-size {recipe.batch_size}: must be a multiple of processes x --accumulate = "
+            f"{runtime.world_size} x {recipe.accumulate}"
+        )
+    with runtime.main_first():  # the others find the index that the main process has stored
+        found = scan_splits(
+            recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
+        )
+    job, loaded = _assemble(recipe, runtime, found)
+    checkpoint = resume.find(recipe, directory)
+    if checkpoint is None:
+        return _with_teachers(job, loaded, {}), Where(), []
+    job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
+    where, notes = resume.take_up(checkpoint, job)
+    return _with_teachers(job, loaded, checkpoint.layouts), where, notes
+
+
+def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, list[models.NormalizedModel]]:
+    """The job as it is for a new run, and its teachers as loaded: they are none of it yet."""
+    writing = write_plan(recipe, runtime)
+    label_cache = None if writing else open_label_cache(recipe)
+    live_teachers = recipe.teachers if writing else recipe.live_teachers
+    _check_cuda_graphs(recipe, runtime, writing is not None)
+    torch.manual_seed(
+        recipe.seed
+    )  # random weights; the student comes first, so that they do not depend on the teachers
+    model = models.build(recipe.student, recipe.size)
+    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    models.check_classes(live_teachers, teachers, recipe.student, model.num_classes)
+    digests = [models.digest(teacher) for teacher in teachers]
+    models.check_distinct(live_teachers, digests)
+    for one, spec in zip((model, *teachers), (recipe.student, *live_teachers), strict=True):
+        models.probe(one, spec, recipe.size)
+    compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
+    student = Student(recipe, runtime, model, compile=compiled)
+    # From here on random numbers are each process's own (dropout, drop path).
+    torch.manual_seed(recipe.seed + 1 + runtime.rank)
+    data = number_classes(
+        found,
+        student.num_classes,
+        labels_needed=recipe.hard_label_weight > 0,
+        student=f"--student {recipe.student}",
+    )
+    calendar = Calendar.of(recipe, len(data.train))
+    if calendar.steps_per_epoch == 0:
+        raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
+    views = view_plan(
+        recipe,
+        data.train,
+        label_cache,
+        seed=writing.seed if writing else None,
+        cycle=writing.views if writing else None,
+    )
+    if label_cache is not None:
+        check_fit(label_cache, recipe, views, data.train, student.num_classes)
+    job = Job(
+        recipe=recipe,
+        runtime=runtime,
+        data=data,
+        calendar=calendar,
+        views=views,
+        student=student,
+        optimiser=Optimiser(recipe, runtime, student, calendar.lr_factor),
+        meter=Meter(runtime.device),
+        live_teachers=live_teachers,
+        teacher_digests=tuple(digests),
+        teachers=None,
+        reports=(),
+        label_cache=label_cache,
+        writing=writing,
+        compiled=compiled,
+    )
+    return job, teachers
+
+
+def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapping[str, Any]) -> Job:
+    """The same with its teachers ready, measured and checked on the first batch of training images; `layouts` are those
+    that the run which is resumed had."""
+    if not loaded:
+        return job
+    loader = job.loader(0, 1)
+    try:
+        images = next(iter(loader)).images.chunk(job.recipe.accumulate)[0]
+    finally:
+        loader.close()
+    teachers, reports = prepare(
+        job.recipe,
+        job.runtime,
+        loaded,
+        images,
+        compile=job.compiled,
+        earlier=layouts,
+        specs=job.live_teachers,
+    )
+    return replace(job, teachers=teachers, reports=tuple(reports))
+
+
+def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> None:
+    if recipe.cuda_graphs in (None, "off"):
+        return
+    option = f"--cuda-graphs {recipe.cuda_graphs}"
+    if runtime.device.type != "cuda":
+        raise UsageError(f"{option} needs a GPU: leave it out on the CPU")
+    if recipe.cuda_graphs == "step" and precision(recipe.amp, runtime.device) == torch.float16:
+        raise UsageError(f"{option} cannot scale float16 gradients: use --amp bf16, or --cuda-graphs ensemble")
+    if recipe.cuda_graphs == "step" and writes_cache:
+        raise UsageError(
+            f"{option}: a run that writes its label cache has steps of two kinds; use --cuda-graphs ensemble"
+        )
+    if recipe.cuda_graphs == "step" and recipe.optimizer != "sgd":
+        raise UsageError(f"{option} needs --optimizer sgd, whose learning rate can lie on the GPU")
