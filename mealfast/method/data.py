@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from mealfast.errors import UsageError
-from mealfast.loaders import ImageIndex
+from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
+from mealfast.machine.processes import Runtime
+from mealfast.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,45 @@ def scan_splits(root: str, *, workers: int | None = None, progress: bool = False
     if (val.labels < 0).any():
         raise UsageError(f"--data {root}: val/ holds images outside class folders; put each in its class's folder")
     return Splits(train, val)
+
+
+def scan_images(data: str, part: str, runtime: Runtime, workers: int | None = None) -> ImageIndex:
+    """The index of DATA/PART, or of DATA where it has no folder of that name; all processes together.
+
+    Raises UsageError or DataError.
+    """
+    folder = Path(data)
+    if not data or not folder.is_dir():
+        raise UsageError(f"--data {data}: no such folder" if data else "--data is missing: name a folder of images")
+    with runtime.main_first():  # the others find the index that the main process has stored
+        return ImageIndex.scan(
+            folder / part if (folder / part).is_dir() else folder,
+            workers=workers,
+            progress=runtime.is_main and sys.stderr.isatty(),
+        )
+
+
+def view_plan(
+    recipe: Recipe, index: ImageIndex, cache: LabelCache | None = None, *, seed: int | None = None,
+    cycle: int | None = None,
+) -> ViewPlan:  # fmt: skip
+    """The views that a recipe shows of the images of an index.
+
+    A `cache` decides their seed and their number, an imported one its own boxes too. Without one: `seed` (None: the
+    recipe's), and `cycle` views (None: another one in every epoch). Raises DataError.
+    """
+    if cache is not None and cache.header.explicit:
+        return ExplicitViews(
+            index.widths, index.heights, cache,
+            seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation,
+        )  # fmt: skip
+    if cache is not None:
+        seed, cycle = cache.header.plan["seed"], cache.header.views
+    return ViewPlan(
+        index.widths, index.heights, seed=recipe.seed if seed is None else seed, size=recipe.size,
+        scale=recipe.crop_scale, ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation,
+        cycle=cycle,
+    )  # fmt: skip
 
 
 def number_classes(splits: Splits, num_classes: int, *, labels_needed: bool, student: str) -> Splits:

@@ -84,7 +84,7 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     )  # random weights; the student comes first, so that they do not depend on the teachers
     student = models.build(recipe.student, recipe.size)
     teachers = [models.build(spec, recipe.size) for spec in live_teachers]
-    models.check_classes(live_teachers, teachers, recipe.student, student.num_classes)
+    models.check_classes(live_teachers, teachers, (recipe.student, student.num_classes))
     digests = [models.digest(teacher) for teacher in teachers]
     models.check_distinct(live_teachers, digests)
     for model, spec in zip((student, *teachers), (recipe.student, *live_teachers), strict=True):

@@ -12,8 +12,9 @@ import torch
 
 from mealfast.errors import RunError, UsageError
 from mealfast.labels.fit import check_fit
-from mealfast.labels.write_through import WriteThrough, write_plan
-from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
+from mealfast.labels.teachers import LabelTeachers, described
+from mealfast.labels.write_through import RecordingTargets, write_plan
+from mealfast.loaders import Batch, ViewPlan, train_loader
 from mealfast.machine import processes as runtimes
 from mealfast.machine.files import write_json
 from mealfast.machine.processes import Runtime
@@ -89,7 +90,7 @@ class Run:
         self.validate = Validation(recipe, runtime, self.parts, self.data)
         self.notes: list[str] = []
         self.layouts: dict[str, Any] = {}  # of the teachers, as the run that is resumed had them
-        self.label_writer: WriteThrough | None = None
+        self.label_writer: RecordingTargets | None = None
         self.step = bad_in_a_row = 0
         if (state := self._resume()) is not None:
             self.step, bad_in_a_row = state["step"], state.get("bad_in_a_row", 0)
@@ -124,7 +125,8 @@ class Run:
             for line in [*self.notes, *introduction]:
                 self.progress.say(line)
             if label_writer:
-                self.progress.say(label_writer.introduction())
+                for line in label_writer.introduction():
+                    self.progress.say(line)
             for report in self.teacher_reports:
                 self.progress.say(str(report))
             if recipe.stage_report:
@@ -213,14 +215,16 @@ class Run:
             live_epochs=self.writing.live_epochs if self.writing else range(0),
         )
 
-    def _claim_label_cache(self) -> WriteThrough | None:
+    def _claim_label_cache(self) -> RecordingTargets | None:
         """The label cache that this run writes, if it writes one."""
         if self.writing is None:
             return None
-        return WriteThrough(
-            self.recipe, self.runtime, self.parts, self.data.train, self._plan(), self.writing,
-            teacher_setup.layouts(self.teacher_reports),
+        parts = self.parts
+        teachers = LabelTeachers(
+            parts.teachers, described(parts.live_teachers, parts.teacher_digests), parts.student.num_classes,
+            parts.compiled, teacher_setup.layouts(self.teacher_reports),
         )  # fmt: skip
+        return RecordingTargets(self.recipe, self.runtime, teachers, self.data.train, self._plan(), self.writing)
 
     def _finish_views(self, first: int = 0) -> None:
         """Completes the views of the label cache whose epochs, from `first` on, are over."""
@@ -229,23 +233,11 @@ class Run:
                 self.progress.say(line)
 
     def _plan(self) -> ViewPlan:
-        recipe, index, cache, writing = self.recipe, self.data.train, self.parts.label_cache, self.writing
-        if cache and cache.header.explicit:
-            return ExplicitViews(
-                index.widths, index.heights, cache,
-                seed=recipe.seed, size=recipe.size, interpolation=recipe.interpolation,
-            )  # fmt: skip
-        return ViewPlan(
-            index.widths,
-            index.heights,
-            seed=cache.header.plan["seed"] if cache else writing.seed if writing else recipe.seed,
-            size=recipe.size,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            flip=recipe.flip,
-            interpolation=recipe.interpolation,
-            cycle=cache.header.views if cache else writing.views if writing else None,
-        )
+        writing = self.writing
+        return splits.view_plan(
+            self.recipe, self.data.train, self.parts.label_cache,
+            seed=writing.seed if writing else None, cycle=writing.views if writing else None,
+        )  # fmt: skip
 
     def _log_if_due(self, began: float, waited: float) -> None:
         """Logs every `log_every` steps and at the end, the only times that the host waits for the device."""

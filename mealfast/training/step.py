@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.utils import get_total_norm
 
-from mealfast.labels.write_through import WriteThrough
+from mealfast.labels.write_through import RecordingTargets
 from mealfast.loaders import Batch
 from mealfast.machine.cuda_graphs import CapturedStep
 from mealfast.machine.processes import Runtime
@@ -28,7 +28,7 @@ class TrainStep:
     def __init__(self, recipe: Recipe, runtime: Runtime, parts: Parts, steps_per_epoch: int) -> None:
         self.recipe, self.runtime, self.parts = recipe, runtime, parts
         self.steps_per_epoch = steps_per_epoch
-        self.writer: WriteThrough | None = None  # of a run that writes a label cache
+        self.writer: RecordingTargets | None = None  # of a run that writes a label cache
         self.made: list[tuple[torch.Tensor, torch.Tensor]] = []  # the step's targets for it, [B / accumulate, k] each
         self.parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
         # Of the student in training mode: not of the preprocessing around it, which nothing writes to.
