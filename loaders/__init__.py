@@ -19,8 +19,7 @@ from .explicit_views import ExplicitViews
 from .index import ImageIndex
 from .label_cache import LabelCache
 from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields, read_header
-from .label_spool import LabelSpool, gather_spools
-from .label_writer import LabelWriter, claim_label_cache, holds_label_cache
+from .label_writer import Claim, LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
 from .prefetch import LoaderStopped, LoaderTimeoutError, PrefetchLoader, threads_are_blocked
 from .views import EvalViews, ViewPlan
@@ -29,12 +28,12 @@ __all__ = [
     "EXPLICIT",
     "Batch",
     "CacheHeader",
+    "Claim",
     "DataError",
     "EvalViews",
     "ExplicitViews",
     "ImageIndex",
     "LabelCache",
-    "LabelSpool",
     "LabelWriter",
     "Loader",
     "LoaderStopped",
@@ -44,7 +43,6 @@ __all__ = [
     "claim_label_cache",
     "eval_loader",
     "forecast_bytes",
-    "gather_spools",
     "holds_label_cache",
     "label_loader",
     "pack",

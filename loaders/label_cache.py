@@ -1,4 +1,4 @@
-"""Reading a label cache: the teachers' targets of planned views, memory-mapped and checked. NumPy only.
+"""Reading a label cache: the teachers' targets of planned views, checked. NumPy only.
 
 Shape legend: N images of the index, V views, k entries kept of each target, B images of a batch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,14 @@ ROWS = 1 << 16  # that are looked at together, so that checking a view takes lit
 
 
 class LabelCache:
-    """The complete views of a cache. A view's checksum is checked when it is first used."""
+    """The complete views of a cache. A view is read, and its checksum checked, when it is used."""
 
     def __init__(self, folder: str | os.PathLike):
         """Opens `folder`. Raises DataError where it is no cache, or where a file of it is missing or cut short."""
         self.folder = Path(folder)
         self.header: CacheHeader = read_header(self.folder)
         self._records = {record.view: record for record in self.header.complete}
-        self._open: dict[int, np.ndarray] = {}
+        self._held: dict[int, np.ndarray] = {}  # the views used last
         for view in self._records:
             self._check_size(view)
 
@@ -55,31 +55,55 @@ class LabelCache:
             )
 
     def view(self, view: int) -> np.ndarray:
-        """[N] of `header.row`: every image's target in a view, read-only, mapped. Raises DataError if it is damaged."""
-        if view not in self._open:
-            self.check(view)
-            self._open[view] = self._map(view)
-        return self._open[view]
+        """[N] of `header.row`: every image's target in a view, in memory, read-only.
+
+        Two views are held. What is read is checked first: size, SHA-256, ids are classes, probabilities are from 0 to
+        1. Raises DataError where it is damaged or cannot be read.
+        """
+        rows = self._held.get(view)
+        if rows is None:
+            rows = self._read(view)
+            # Of an explicit cache the next epoch's boxes are planned, in a thread, while this one's targets are read.
+            self._held = {**dict([*self._held.items()][-1:]), view: rows}
+        return rows
 
     def targets(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 [B, k] and probabilities float32 [B, k], descending, of the images `rows` (integers [B])."""
+        """ids int32 [B, k] and probabilities float32 [B, k], descending, of the images `rows` (integers [B]).
+
+        Raises DataError as `view` does.
+        """
         found = self.view(view)[rows]
         return found["ids"].astype(np.int32), found["probabilities"].astype(np.float32)
 
     def check(self, view: int) -> None:
-        """Reads a view's file once: size, SHA-256, ids are classes, probabilities are from 0 to 1. Raises DataError."""
+        """Reads a view's file as `view` does, and forgets it. Raises DataError."""
+        self._read(view)
+
+    def _read(self, view: int) -> np.ndarray:
+        # Read, not mapped: a mapped file that is cut off later ends the process, and one that is overwritten later
+        # would reach the loss.
         if view not in self._records:
             raise DataError(f"label cache {self.folder}: view {view} is not complete")
         self._check_size(view)
-        sha, mapped = hashlib.sha256(), self._map(view)
-        damaged = ""
-        for rows in _blocks(mapped):
-            sha.update(rows)
-            damaged = damaged or bad_rows(rows, self.header.classes)
+        path, sha, damaged = self._path(view), hashlib.sha256(), ""
+        try:
+            rows = np.empty(self.header.images, self.header.row)
+            with path.open("rb") as file:
+                if (size := file.readinto(rows.view(np.uint8))) != rows.nbytes:
+                    raise DataError(f"{path}: holds {size} bytes, not {rows.nbytes}; copy it again, or build")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); copy or build it again") from None
+        except MemoryError:
+            raise DataError(f"{path}: a view of {self.header.bytes_per_view} bytes does not fit in memory") from None
+        for block in blocks(rows):
+            sha.update(block)
+            damaged = damaged or bad_rows(block, self.header.classes)
         if sha.hexdigest() != self._records[view].sha256:
             damaged = "its SHA-256 is not the header's"
         if damaged:
-            raise DataError(f"{self._path(view)}: is damaged ({damaged}); copy the file again, or remove it and build")
+            raise DataError(f"{path}: is damaged ({damaged}); copy the file again, or remove it and build")
+        rows.flags.writeable = False
+        return rows
 
     def _check_size(self, view: int) -> None:
         try:
@@ -90,12 +114,6 @@ class LabelCache:
             raise DataError(
                 f"{self._path(view)}: holds {size} bytes, not {self.header.bytes_per_view}; copy it again, or build"
             )
-
-    def _map(self, view: int) -> np.ndarray:
-        try:
-            return np.memmap(self._path(view), self.header.row, "r", shape=(self.header.images,))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self._path(view)}: cannot be read ({error})") from None
 
     def _path(self, view: int) -> Path:
         return self.folder / view_name(view)
@@ -113,20 +131,22 @@ def bad_rows(rows: np.ndarray, classes: int) -> str:
     return ""
 
 
-def means(rows: np.ndarray, classes: int) -> tuple[float, float]:
-    """Mean probability kept by the top k, and mean entropy (nats) with the rest spread evenly, of targets [N]."""
-    kept_sum = entropy_sum = 0.0
-    others = max(classes - rows.dtype["ids"].shape[0], 1)
-    for block in _blocks(rows):
+def means(rows: Iterable[np.ndarray], classes: int) -> tuple[float, float]:
+    """Mean probability kept by the top k, and mean entropy (nats) with the rest spread evenly, of targets in blocks."""
+    images, kept_sum, entropy_sum = 0, 0.0, 0.0
+    for block in rows:
         p = block["probabilities"].astype(np.float64)
+        others = max(classes - p.shape[1], 1)
         kept = p.sum(axis=1)
         rest = np.clip(1 - kept, 0, None)
+        images += len(block)
         kept_sum += float(kept.sum())
         entropy_sum -= float((p * np.log(np.where(p > 0, p, 1))).sum())
         entropy_sum -= float((rest * np.log(np.where(rest > 0, rest / others, 1))).sum())
-    return kept_sum / len(rows), entropy_sum / len(rows)
+    return kept_sum / images, entropy_sum / images
 
 
-def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """ROWS rows at a time."""
     for first in range(0, len(rows), ROWS):
-        yield np.array(rows[first : first + ROWS])
+        yield rows[first : first + ROWS]

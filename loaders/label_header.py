@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .batch import DataError
-from .files import replacing
+from .files import printable, replacing
 from .views import ViewPlan
 
 HEADER = "header.json"
@@ -26,6 +27,8 @@ VERSION = 1  # of caches whose boxes follow from the plan
 EXPLICIT_VERSION = 2  # of caches that hold their boxes
 EXPLICIT = "explicit"  # the law of such a cache's plan
 LARGEST_HEADER = 1 << 26  # bytes; 100,000 views take 20 MB
+LARGEST_DEPTH = 8  # of objects and lists within one another
+LARGEST_TEXT = 1 << 16  # characters
 LARGEST_K = 4096
 _LIMITS = {"images": 1 << 40, "views": 1_000_000, "top_k": LARGEST_K, "classes": (1 << 31) - 1}
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -52,7 +55,7 @@ class CacheHeader:
     classes: int
     top_k: int
     teachers: tuple[dict[str, str], ...]  # {"spec", "digest"} each
-    made_with: dict[str, Any]  # batch_size, rows_per_part, precision, loader, compiled; versions and device
+    made_with: dict[str, Any]  # batch_size, precision, loader, compiled; versions and device
     complete: tuple[CompleteView, ...] = ()  # ascending
     temperature: float = 1.0
 
@@ -127,23 +130,30 @@ def read_header(folder: Path) -> CacheHeader:
     if not path.is_file():
         raise DataError(f"label cache {folder}: has no {HEADER}; name a folder that `mealfast labels build` wrote")
     try:
-        if path.stat().st_size > LARGEST_HEADER:
-            raise DataError(f"{path}: is larger than {LARGEST_HEADER} bytes; it is no label cache's header")
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(LARGEST_HEADER + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+    if len(data) > LARGEST_HEADER:
+        raise DataError(f"{path}: is larger than {LARGEST_HEADER} bytes; it is no label cache's header")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
         raise DataError(f"{path}: is damaged (no JSON); copy or build the cache again") from None
+    try:
+        content = _tame(content, LARGEST_DEPTH)
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged ({error}); copy or build the cache again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: is no header of a label cache (format must be '{FORMAT}')")
     if content.get("version") not in (VERSION, EXPLICIT_VERSION):
         raise DataError(
-            f"{path}: version {content.get('version')!r}; this mealfast reads versions {VERSION} and {EXPLICIT_VERSION}"
+            f"{path}: version {reprlib.repr(content.get('version'))}; this mealfast reads versions {VERSION} and "
+            f"{EXPLICIT_VERSION}"
         )
     if content.get("byte_order") != "little":
-        raise DataError(f"{path}: byte order {content.get('byte_order')!r}; it must be 'little': build the cache again")
+        order = reprlib.repr(content.get("byte_order"))
+        raise DataError(f"{path}: byte order {order}; it must be 'little': build the cache again")
     try:
         return _parsed(content)
     except (KeyError, TypeError, ValueError) as error:
@@ -171,9 +181,24 @@ def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str,
     ours, theirs = ([teacher["digest"] for teacher in header.teachers] for header in (stored, wanted))
     if ours != theirs:
         yield "teachers", *([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
-    for name in ("batch_size", "rows_per_part", "precision", "loader", "compiled"):
+    for name in ("precision", "loader", "compiled"):
         if (a := stored.made_with.get(name)) != (b := wanted.made_with.get(name)):
             yield name, a, b
+
+
+def _tame(value: Any, depth: int) -> Any:
+    """A value of JSON whose texts can be printed: control characters become backslash escapes. Raises ValueError."""
+    if depth == 0:
+        raise ValueError("lists or objects in one another, deeper than a header's")
+    if isinstance(value, dict):
+        return {_tame(key, depth): _tame(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_tame(one, depth - 1) for one in value]
+    if isinstance(value, str):
+        if len(value) > LARGEST_TEXT:
+            raise ValueError(f"a text of {len(value)} characters")
+        return printable(value)
+    return value
 
 
 def _parsed(content: dict[str, Any]) -> CacheHeader:
@@ -189,13 +214,13 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
         raise ValueError("plan and made_with must be objects")
     explicit = content["version"] == EXPLICIT_VERSION
     if (plan["law"] == EXPLICIT) != explicit:
-        raise ValueError(f"plan's law {plan['law']!r} does not go with version {content['version']}")
+        raise ValueError(f"plan's law {reprlib.repr(plan['law'])} does not go with version {content['version']}")
     if plan["images"] != content["images"]:
         raise ValueError("plan's images must be those of the cache")
     if not explicit:
         _check_plan(plan)
-    if any(type(made_with[name]) is not int or made_with[name] < 1 for name in ("batch_size", "rows_per_part")):
-        raise ValueError("batch_size and rows_per_part must be 1 or more")
+    if type(made_with["batch_size"]) is not int or made_with["batch_size"] < 1:
+        raise ValueError("batch_size must be 1 or more")
     _text(made_with["precision"]), _text(made_with["loader"])
     teachers = tuple({"spec": _text(one["spec"]), "digest": _text(one["digest"])} for one in content["teachers"])
     if not teachers:

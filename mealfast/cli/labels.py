@@ -132,11 +132,11 @@ def _import_fkd(argv: list[str]) -> int:
     _at_least_one(options, "classes")
     if options.views is not None:
         _at_least_one(options, "views")
-    from mealfast.labels.build import training_images
     from mealfast.labels.fkd_import import import_fkd
     from mealfast.machine import processes as runtimes
+    from mealfast.method.data import scan_images
 
-    index = training_images(options.data, runtimes.start("cpu"), options.loader_threads)
+    index = scan_images(options.data, "train", runtimes.start("cpu"), options.loader_threads)
     header = import_fkd(
         Path(options.labels), index, Path(options.out), views=options.views, flavour=options.label_type,
         classes=options.classes,
@@ -160,10 +160,10 @@ def _verify(argv: list[str]) -> int:
     if options.teachers and not options.data:
         raise UsageError("--teachers: give --data too, the images that they are to label")
     from mealfast.labels import verify as labels_verify
-    from mealfast.labels.build import training_images
     from mealfast.loaders import LabelCache
     from mealfast.machine import processes as runtimes
     from mealfast.machine.precision import name_of, precision
+    from mealfast.method.data import scan_images
 
     cache = LabelCache(options.cache)
     result: dict[str, Any] = {"views": cache.header.views, "checked": labels_verify.check_files(cache)}
@@ -171,7 +171,8 @@ def _verify(argv: list[str]) -> int:
         if options.teachers:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
         runtime = runtimes.start("cpu")
-        labels_verify.check_images(cache, training_images(options.data, runtime, options.loader_threads), options.data)
+        index = scan_images(options.data, "train", runtime, options.loader_threads)
+        labels_verify.check_images(cache, index, options.data)
     elif options.data:
         header = cache.header
         recipe = _recipe(
@@ -189,7 +190,7 @@ def _verify(argv: list[str]) -> int:
         )
         runtime = runtimes.start(recipe.device)
         try:
-            index = training_images(recipe.data, runtime, recipe.loader_threads)
+            index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
             dtype = name_of(precision(recipe.amp, runtime.device))
             dtypes = None if options.amp else labels_verify.dtypes_of(header, dtype)
             result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample, dtypes)

@@ -1,29 +1,28 @@
-"""Makes a label cache: the teachers run once over planned views, their top-k targets go to disk in parts.
+"""Makes a label cache: the teachers run once over planned views, and their top-k targets go to disk.
 
-Shape legend: B images of a batch, H and W pixels, N images, k entries kept of each target.
+Shape legend: B images of a batch, H and W pixels, k entries kept of each target.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
 import mealfast
 from mealfast.errors import UsageError
-from mealfast.kernels import ensemble_topk
+from mealfast.labels.labelling import Labeller, MissingBatches, Target, together
+from mealfast.labels.teachers import LabelTeachers, load_teachers
 from mealfast.loaders import (
-    Batch,
     CacheHeader,
+    Claim,
     ImageIndex,
     LabelWriter,
     ViewPlan,
@@ -35,89 +34,12 @@ from mealfast.loaders import (
 )
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
-from mealfast.models import normalised as models
-from mealfast.models import tuning as teacher_setup
-from mealfast.models.ensemble import FrozenEnsemble
-from mealfast.models.layout import default_layout, is_layout
-from mealfast.models.tuning import TeacherReport, prepare
+from mealfast.method.data import scan_images, view_plan
+from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 from mealfast.record.console import Progress, size_text
-from mealfast.training.scoring import padded
 
-PART_BATCHES = 16  # that go to disk together: what a kill can lose, and 640 bytes x batch size a write at k = 10
 LINE_EVERY = 10.0  # seconds between lines of the log
-
-
-@dataclass(frozen=True)
-class LabelTeachers:
-    """An ensemble ready to label, and what a cache's header says of it."""
-
-    ensemble: FrozenEnsemble
-    described: tuple[dict[str, str], ...]  # {"spec", "digest"} each
-    classes: int
-    compiled: bool
-    layouts: dict[str, Any] = field(default_factory=dict)  # teacher_setup.layouts: as `prepare` takes them again
-
-
-@dataclass(frozen=True)
-class LoadedTeachers:
-    """Models that are yet to be laid out on their device."""
-
-    models: list[models.NormalizedModel]
-    described: tuple[dict[str, str], ...]
-    classes: int
-    compile: bool
-
-    def as_they_are(self, runtime: Runtime, dtypes: Sequence[str]) -> LabelTeachers:
-        """In the default layout, unmeasured, each in its dtype of teacher_layout.DTYPES."""
-        layouts = [default_layout(dtype, self.compile) for dtype in dtypes]
-        ensemble = FrozenEnsemble(self.models, runtime, compile=self.compile, layouts=layouts)
-        return LabelTeachers(ensemble, self.described, self.classes, self.compile)
-
-    def prepared(
-        self, recipe: Recipe, runtime: Runtime, images: torch.Tensor, earlier: dict[str, Any]
-    ) -> tuple[LabelTeachers, list[TeacherReport]]:
-        """As fast as they run on images like these, uint8 [B, H, W, 3] on the device, and how that is; all processes
-        together. `earlier` are the layouts that a build which goes on had. Raises UsageError."""
-        ensemble, reports = prepare(
-            recipe, runtime, self.models, images, compile=self.compile, earlier=earlier, specs=recipe.teachers
-        )
-        layouts = earlier | teacher_setup.layouts(reports)
-        return LabelTeachers(ensemble, self.described, self.classes, self.compile, layouts), reports
-
-
-def load_teachers(recipe: Recipe, runtime: Runtime) -> LoadedTeachers:
-    """The recipe's teachers. Raises UsageError for wrong specs, weights or sizes."""
-    torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
-    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
-    first = recipe.teachers[0]
-    for spec, teacher in zip(recipe.teachers, teachers, strict=True):
-        if teacher.num_classes != teachers[0].num_classes:
-            raise UsageError(
-                f"--teachers {spec} has {teacher.num_classes} classes, {first} has {teachers[0].num_classes}: they "
-                "must agree (?num_classes=N in a spec sets them)"
-            )
-        models.probe(teacher, spec, recipe.size)
-    digests = [models.digest(teacher) for teacher in teachers]
-    models.check_distinct(recipe.teachers, digests)
-    for spec in filter(models.is_random, recipe.teachers if runtime.is_main else ()):
-        print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
-    compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
-    described = tuple({"spec": spec, "digest": digest} for spec, digest in zip(recipe.teachers, digests, strict=True))
-    return LoadedTeachers(teachers, described, teachers[0].num_classes, compiled)
-
-
-def training_images(data: str, runtime: Runtime, workers: int | None) -> ImageIndex:
-    """The index of DATA/train, or of DATA where it has no train/. Raises UsageError or DataError."""
-    folder = Path(data)
-    if not data or not folder.is_dir():
-        raise UsageError(f"--data {data}: no such folder" if data else "--data is missing: name a folder of images")
-    with runtime.main_first():  # the others find the index that the main process has stored
-        return ImageIndex.scan(
-            folder / "train" if (folder / "train").is_dir() else folder,
-            workers=workers,
-            progress=runtime.is_main and sys.stderr.isatty(),
-        )
 
 
 def build(
@@ -128,14 +50,11 @@ def build(
     `recipe` gives images, teachers and views (its student is not looked at), `batch_size` is each process's. Returns
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
-    index = training_images(recipe.data, runtime, recipe.loader_threads)
+    index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
     loaded = load_teachers(recipe, runtime)
     if top_k > loaded.classes:
         raise UsageError(f"--top-k {top_k}: the teachers have {loaded.classes} classes; ask for as many or fewer")
-    plan = ViewPlan(
-        index.widths, index.heights, seed=recipe.seed, size=recipe.size, scale=recipe.crop_scale,
-        ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation, cycle=views,
-    )  # fmt: skip
+    plan = view_plan(recipe, index, cycle=views)
     batch_size = min(batch_size, len(index))
     teachers, reports = loaded.prepared(
         recipe, runtime, _first_images(recipe, runtime, index, plan, batch_size), _earlier_layouts(out)
@@ -145,18 +64,24 @@ def build(
     header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
     with ExitStack() as stack:
         if runtime.is_main:
-            todo = stack.enter_context(claim_label_cache(out, header))
-            _say_forecast(header, todo)
+            _say_what_is_left(header, stack.enter_context(claim_label_cache(out, header)))
         runtime.barrier()
-        writer = LabelWriter(out, runtime.rank)
-        stack.callback(writer.close)
+        writer = stack.enter_context(closing(LabelWriter(out, runtime.rank)))
+        missing = {view: writer.missing(view) for view in writer.incomplete}
         runtime.barrier()  # all have read what there is before any adds to it
-        _Labelling(recipe, runtime, index, plan, teachers, writer, batch_size).run()
-        runtime.barrier()
-        if not runtime.is_main:
-            return None
-        writer.finish()
-        return writer.header
+        batches = MissingBatches(missing, batch_size, runtime)
+        labeller = Labeller(recipe, runtime, index, plan, teachers, top_k, batch_size)
+        progress = stack.enter_context(closing(_BuildProgress(runtime, len(batches), views, batch_size)))
+        targets = progress.counted(stack.enter_context(closing(labeller(batches))))
+        for view, count in batches.counts.items():
+            for made in together(targets, count):
+                writer.add(view, *made)
+                writer.flush()
+                progress.say_where(view)
+            runtime.barrier()
+            if runtime.is_main:
+                writer.complete(view)
+        return writer.header if runtime.is_main else None
 
 
 def _first_images(recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, rows: int) -> torch.Tensor:
@@ -193,7 +118,6 @@ def cache_header(
         teachers=teachers.described,
         made_with={
             "batch_size": batch_size,
-            "rows_per_part": PART_BATCHES * batch_size,
             "precision": name_of(precision(recipe.amp, runtime.device)),
             "loader": recipe.loader,
             "compiled": teachers.compiled,
@@ -206,9 +130,11 @@ def cache_header(
     )
 
 
-def _say_forecast(header: CacheHeader, todo: int) -> None:
+def _say_what_is_left(header: CacheHeader, claim: Claim) -> None:
     total = forecast_bytes(header.images, header.views, header.top_k, header.classes)
-    left = "" if todo == total else f", {size_text(todo)} of it left to write"
+    left = "" if claim.bytes_left == total else f", {size_text(claim.bytes_left)} of it left to write"
+    if claim.note:
+        print(claim.note, file=sys.stderr)
     print(
         f"{header.views} views of {header.images:,} images, top {header.top_k} of {header.classes} classes: "
         f"{size_text(total)}{left}",
@@ -216,90 +142,42 @@ def _say_forecast(header: CacheHeader, todo: int) -> None:
     )
 
 
-class _Labelling:
-    """One process's share of the parts that are missing."""
+class _BuildProgress:
+    """How far a build is, by the main process's share: in a bar or, every LINE_EVERY seconds, in lines."""
 
-    def __init__(
-        self, recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, teachers: LabelTeachers,
-        writer: LabelWriter, batch_size: int,
-    ) -> None:  # fmt: skip
-        self.runtime, self.teachers, self.writer, self.batch_size = runtime, teachers, writer, batch_size
-        self.parts = writer.todo[runtime.rank :: runtime.world_size]
-        self.batches = [(view, first) for view, part in self.parts for first in range(*writer.rows(part), batch_size)]
-        self.loader = label_loader(
-            recipe.loader, index, plan, self.batches, batch_size=batch_size, device=runtime.device,
-            threads=recipe.loader_threads,
-        )  # fmt: skip
-        self.progress = Progress(
-            len(self.batches), 0, batch_size * runtime.world_size, enabled=runtime.is_main, unit="batch"
-        )
-        self.began = self.said = time.perf_counter()
+    def __init__(self, runtime: Runtime, batches: int, views: int, batch_size: int) -> None:
+        self._progress = Progress(batches, 0, batch_size * runtime.world_size, enabled=runtime.is_main, unit="batch")
+        self._views, self._began, self._said = views, time.perf_counter(), time.perf_counter()
 
-    def run(self) -> None:
-        """Labels and writes every part; the main process enters the views that become complete into the header."""
-        try:
-            loaded = iter(self.loader)
-            for view, part in self.parts:
-                targets = [self._target(next(loaded)) for _ in range(*self.writer.rows(part), self.batch_size)]
-                ids, probabilities = (torch.cat(one).cpu().numpy() for one in zip(*targets, strict=True))
-                self.writer.write(view, part, ids, probabilities)
-                if self.runtime.is_main:
-                    self.writer.complete_views()
-                    self._say_where(view)
-        finally:
-            self.loader.close()
-            self.progress.close()
+    def counted(self, targets: Iterable[Target]) -> Iterator[Target]:
+        """The same, counted; after the first batches it is said how long the rest takes."""
+        for target in targets:
+            self._progress.advance()
+            if self._progress.enabled and self._progress.step in (1, 4):
+                target[2].sum().item()  # waits for the device
+                self._forecast()
+            yield target
 
-    def _target(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        pad_to = self.batch_size if self.teachers.compiled else None  # compiled models see one shape only
-        target = top_k_targets(self.teachers, batch.images, self.writer.header.top_k, pad_to)
-        self.progress.advance()
-        if self.runtime.is_main and self.progress.step in (1, 4):
-            self._forecast(target)
-        return target
-
-    def _forecast(self, target: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Says after the first batches how long the rest takes; the very first, which warms up, is left out."""
-        target[1].sum().item()  # waits for the device
-        if self.progress.step == 1:
-            self.began = time.perf_counter()
+    def _forecast(self) -> None:
+        """The very first batch, which warms up, is left out."""
+        if self._progress.step == 1:
+            self._began = time.perf_counter()
             return
-        seconds = (time.perf_counter() - self.began) / 3
-        left = timedelta(seconds=round(seconds * (len(self.batches) - 4)))
-        rate = self.batch_size * self.runtime.world_size / seconds
-        self.progress.say(f"forecast: {rate:,.0f} images/s, {left.total_seconds() / 3600:.2f} hours ({left}) from here")
+        seconds = (time.perf_counter() - self._began) / 3
+        left = timedelta(seconds=round(seconds * (self._progress.total_steps - 4)))
+        rate, hours = self._progress.batch_size / seconds, left.total_seconds() / 3600
+        self._progress.say(f"forecast: {rate:,.0f} images/s, {hours:.2f} hours ({left}) from here")
 
-    def _say_where(self, view: int) -> None:
-        now = time.perf_counter()
-        if now - self.said < LINE_EVERY and self.progress.step < len(self.batches):
+    def say_where(self, view: int) -> None:
+        """Says so if it is time to, or if it was the last batch."""
+        now, done = time.perf_counter(), self._progress.step
+        if now - self._said < LINE_EVERY and done < self._progress.total_steps:
             return
-        rate = (self.progress.step - 1) * self.batch_size * self.runtime.world_size / max(now - self.began, 1e-9)
-        if self.progress.step > 1:
-            self.progress.line(f"view {view + 1}/{self.writer.header.views}", {}, rate)
-        self.said = now
+        if done > 1:
+            rate = (done - 1) * self._progress.batch_size / max(now - self._began, 1e-9)
+            self._progress.line(f"view {view + 1}/{self._views}", {}, rate)
+        self._said = now
 
-
-def top_k_targets(
-    teachers: LabelTeachers, images: torch.Tensor, top_k: int, pad_to: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images [B, H, W, 3] -> ids int32 [B, k], probabilities float32 [B, k] of the mean of the softmaxes.
-
-    `pad_to` adds black images up to that many, for the teachers only.
-    """
-    logits = teachers.ensemble(padded(images, pad_to))
-    return ensemble_topk([one[: len(images)] for one in logits], top_k)
-
-
-def compare(found: Sequence[np.ndarray], stored: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    """Total variation, float64 [B], between two top-k targets (ids [B, k], probabilities [B, k]) with the rest spread
-    evenly: 0 where they are equal, 1 where they have nothing in common."""
-    one, other = (_dense(*target, classes) for target in (found, stored))
-    return np.abs(one - other).sum(axis=1) / 2
-
-
-def _dense(ids: np.ndarray, probabilities: np.ndarray, classes: int) -> np.ndarray:
-    p = probabilities.astype(np.float64)
-    rest = np.clip(1 - p.sum(axis=1, keepdims=True), 0, None) / max(classes - p.shape[1], 1)
-    dense = np.repeat(rest, classes, axis=1)
-    np.put_along_axis(dense, ids.astype(np.int64), p, axis=1)
-    return dense
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._progress.close()

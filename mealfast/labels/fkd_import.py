@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -46,48 +47,44 @@ def import_fkd(
     if top_k > classes:
         raise UsageError(f"--classes {classes}: {flavour} has {top_k} a crop; give as many or more")
     header = _header(folder, root, index, views, flavour, classes)
-    with claim_label_cache(out, header) as todo:
+    with claim_label_cache(out, header) as claim:
+        if claim.note:
+            print(claim.note, file=sys.stderr)
         print(
             f"{views} views of {len(index):,} images, {flavour}: {size_text(header.bytes_per_view * views)}, "
-            f"{size_text(todo)} of it left to write",
+            f"{size_text(claim.bytes_left)} of it left to write",
             file=sys.stderr,
         )
-        writer = LabelWriter(out)
-        try:
+        with closing(LabelWriter(out)) as writer:
             _copy(root, index, writer, flavour)
-            writer.finish()
-        finally:
-            writer.close()
-        return writer.header
+            for view in writer.incomplete:
+                writer.complete(view)
+            return writer.header
 
 
 def _copy(root: Path, index: ImageIndex, writer: LabelWriter, flavour: str) -> None:
     """Block by block of images, all views of it: a file is read once."""
-    header = writer.header
-    missing: dict[int, list[int]] = {}
-    for view, part in writer.todo:
-        missing.setdefault(part, []).append(view)
-    images = sum(last - first for first, last in map(writer.rows, missing))
-    progress = Progress(images, 0, 1, enabled=True, unit="image")
-    try:
-        for part in sorted(missing):
-            first, last = writer.rows(part)
-            rows = np.empty((header.views, last - first), header.row)
-            for i in range(first, last):
+    header, views = writer.header, writer.incomplete
+    wanted = np.zeros(len(index), bool)
+    for view in views:
+        wanted[np.asarray(writer.missing(view))] = True
+    images = np.flatnonzero(wanted)
+    block = max(1, BLOCK_BYTES // (header.views * header.row.itemsize))
+    with closing(Progress(len(images), 0, 1, enabled=True, unit="image")) as progress:
+        for first in range(0, len(images), block):
+            some = images[first : first + block]
+            rows = np.empty((header.views, len(some)), header.row)
+            for place, i in zip(rows.T, some.tolist(), strict=True):
                 labels = read_labels(
                     root / _name(index, i), int(index.widths[i]), int(index.heights[i]), header.views, flavour,
                     header.classes,
                 )  # fmt: skip
-                place = rows[:, i - first]
                 place["ids"], place["probabilities"] = labels.ids, labels.probabilities
                 place["box"], place["flip"] = labels.boxes, labels.flips
                 progress.advance()
-            for view in missing[part]:
+            for view in views:
                 row = rows[view]
-                writer.write(view, part, row["ids"], row["probabilities"], row["box"], row["flip"])
-            writer.complete_views()
-    finally:
-        progress.close()
+                writer.add(view, some, row["ids"], row["probabilities"], row["box"], row["flip"])
 
 
 def _root(folder: Path, index: ImageIndex) -> Path:
@@ -119,7 +116,7 @@ def _header(folder: Path, root: Path, index: ImageIndex, views: int, flavour: st
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; the labels must cover every image of --data") from None
         sha.update(f"{_name(index, i)}\0{size}\0".encode("utf-8", "surrogateescape"))
-    header = CacheHeader(
+    return CacheHeader(
         images=len(index),
         images_digest=index.images_digest,
         plan={"law": EXPLICIT, "images": len(index)},
@@ -127,14 +124,5 @@ def _header(folder: Path, root: Path, index: ImageIndex, views: int, flavour: st
         classes=classes,
         top_k=FLAVOURS[flavour],
         teachers=({"spec": f"FKD {flavour} ({folder.name})", "digest": sha.hexdigest()},),
-        made_with={
-            "batch_size": 1,
-            "rows_per_part": 1,
-            "precision": "imported",
-            "loader": "imported",
-            "compiled": False,
-        },
+        made_with={"batch_size": 1, "precision": "imported", "loader": "imported", "compiled": False},
     )
-    rows = max(1, min(len(index), BLOCK_BYTES // (views * header.row.itemsize)))
-    header.made_with["rows_per_part"] = rows
-    return header

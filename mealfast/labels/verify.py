@@ -1,17 +1,24 @@
-"""Checks a label cache: every file's bytes, and a sample of its targets made anew by the teachers."""
+"""Checks a label cache: every file's bytes, and a sample of its targets made anew by the teachers.
+
+Shape legend: B images of a batch, k entries kept of each target.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mealfast.errors import UsageError
-from mealfast.labels.build import LabelTeachers, compare, load_teachers, top_k_targets
-from mealfast.loaders import CacheHeader, ImageIndex, LabelCache, ViewPlan, label_loader
+from mealfast.labels.labelling import Labeller
+from mealfast.labels.teachers import LabelTeachers, load_teachers
+from mealfast.loaders import CacheHeader, ImageIndex, LabelCache
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
+from mealfast.method.data import view_plan
 from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 
@@ -37,7 +44,7 @@ def check_images(cache: LabelCache, index: ImageIndex, data: str) -> None:
 
 
 def dtypes_of(header: CacheHeader, otherwise: str) -> list[str]:
-    """What each teacher computed in, of teacher_layout.DTYPES; `otherwise` where the header does not say."""
+    """What each teacher computed in, of layout.DTYPES; `otherwise` where the header does not say."""
     layouts = header.made_with.get("layouts")
     layouts = {key: one for key, one in layouts.items() if is_layout(one)} if isinstance(layouts, dict) else {}
     found = []
@@ -57,7 +64,7 @@ def recompute(
     dtypes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Labels `batches` whole batches, spread over views and images, anew and compares them with the cache. `dtypes`
-    are what the teachers compute in, None: what `--amp` says.
+    are what the teachers compute in, None: the runtime's precision.
 
     Returns {"images", "mean_total_variation", "largest_total_variation"}. Raises UsageError: other images, other
     teachers, or targets that differ by more than rounding.
@@ -92,25 +99,40 @@ def recompute(
 def _differences(
     cache: LabelCache, recipe: Recipe, runtime: Runtime, index: ImageIndex, teachers: LabelTeachers, batches: int
 ) -> list[np.ndarray]:
-    header = cache.header
-    plan = ViewPlan(
-        index.widths, index.heights,
-        **{name: header.plan[name] for name in ("seed", "size", "scale", "ratio", "flip", "interpolation")},
-    )  # fmt: skip
-    batch_size = header.made_with["batch_size"]
-    places = [(record.view, first) for record in header.complete for first in range(0, header.images, batch_size)]
-    if not places:
+    header, plan = cache.header, cache.header.plan
+    rows = min(header.made_with["batch_size"], len(index))
+    batches_of_view = -(-len(index) // rows)
+    count = len(header.complete) * batches_of_view
+    if count == 0:
         raise UsageError(f"label cache {cache.folder}: no view is complete; there is nothing to recompute")
-    sample = [places[place] for place in np.linspace(0, len(places) - 1, min(batches, len(places))).astype(int)]
-    loader = label_loader(
-        recipe.loader, index, plan, sample, batch_size=batch_size, device=runtime.device, threads=recipe.loader_threads
-    )
+    sample = []
+    for place in np.linspace(0, count - 1, min(batches, count)).astype(int):
+        record, number = divmod(int(place), batches_of_view)
+        images = np.arange(number * rows, min((number + 1) * rows, len(index)))
+        sample.append((header.complete[record].view, images))
+    of_cache = replace(
+        recipe, seed=plan["seed"], size=plan["size"], crop_scale=tuple(plan["scale"]), crop_ratio=tuple(plan["ratio"]),
+        flip=plan["flip"], interpolation=plan["interpolation"],
+    )  # fmt: skip
+    labeller = Labeller(recipe, runtime, index, view_plan(of_cache, index), teachers, header.top_k, rows)
     found = []
-    try:
-        for (view, _), batch in zip(sample, loader, strict=True):
-            pad_to = batch_size if teachers.compiled else None
-            made = [part.cpu().numpy() for part in top_k_targets(teachers, batch.images, header.top_k, pad_to)]
-            found.append(compare(made, cache.targets(view, batch.indices.cpu().numpy()), header.classes))
-    finally:
-        loader.close()
+    with closing(labeller(sample)) as targets:
+        for (view, _), target in zip(sample, targets, strict=True):
+            shown, *made = (part.cpu().numpy() for part in target)
+            found.append(compare(made, cache.targets(view, shown), header.classes))
     return found
+
+
+def compare(found: Sequence[np.ndarray], stored: Sequence[np.ndarray], classes: int) -> np.ndarray:
+    """Total variation, float64 [B], between two top-k targets (ids [B, k], probabilities [B, k]) with the rest spread
+    evenly: 0 where they are equal, 1 where they have nothing in common."""
+    one, other = (_dense(ids, probabilities, classes) for ids, probabilities in (found, stored))
+    return np.abs(one - other).sum(axis=1) / 2
+
+
+def _dense(ids: np.ndarray, probabilities: np.ndarray, classes: int) -> np.ndarray:
+    p = probabilities.astype(np.float64)
+    rest = np.clip(1 - p.sum(axis=1, keepdims=True), 0, None) / max(classes - p.shape[1], 1)
+    dense = np.repeat(rest, classes, axis=1)
+    np.put_along_axis(dense, ids.astype(np.int64), p, axis=1)
+    return dense

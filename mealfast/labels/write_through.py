@@ -14,7 +14,7 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +22,30 @@ import torch
 
 from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_topk
-from mealfast.labels.build import LabelTeachers, cache_header, top_k_targets
+from mealfast.labels.build import cache_header
 from mealfast.labels.fit import require_cache
+from mealfast.labels.labelling import Labeller, MissingBatches, together
+from mealfast.labels.teachers import LabelTeachers
 from mealfast.loaders import (
+    Batch,
     DataError,
     ImageIndex,
     LabelCache,
-    LabelSpool,
+    LabelWriter,
     ViewPlan,
     claim_label_cache,
     forecast_bytes,
-    gather_spools,
     holds_label_cache,
-    label_loader,
     read_header,
 )
 from mealfast.machine.processes import Runtime
+from mealfast.method.inputs import Inputs
+from mealfast.method.targets import Target
 from mealfast.recipe import Recipe
 from mealfast.record import checkpoint
 from mealfast.record.console import size_text
 
+OPTION = "--label-cache"
 TOP_K = 10
 QUEUED = 64  # steps whose targets may wait for the disk, before training waits too
 
@@ -53,14 +57,21 @@ class WritePlan:
 
     first: int  # epoch (and view) with which the live ones begin; those before were complete when the run began
     views: int  # V, and the epoch with which they end
-    top_k: int | None  # None: 10, or every class where there are fewer
+    top_k: int | None  # None: TOP_K, or every class where there are fewer
     seed: int  # of the views
+
+    def __post_init__(self) -> None:
+        """Raises TypeError: of a file that is no such plan."""
+        if any(type(one) is not int for one in (self.first, self.views, self.seed, self.top_k or 0)):
+            raise TypeError("a plan of numbers")
 
     @property
     def live_epochs(self) -> range:
+        """The epochs whose targets the run writes."""
         return range(self.first, self.views)
 
     def to_json(self) -> dict[str, int | None]:
+        """For config.json and for checkpoints."""
         return dataclasses.asdict(self)
 
 
@@ -72,24 +83,26 @@ def write_plan(recipe: Recipe, runtime: Runtime) -> WritePlan | None:
     if not recipe.label_cache:
         return None
     known, plan = _of_the_run_that_goes_on(recipe)
-    return runtime.gather(plan if known else _for_a_new_run(recipe))[0]  # another process may look a moment later
+    plan = plan if known else _for_a_new_run(recipe)
+    return runtime.gather(plan)[0]  # type: ignore[return-value]  # another process may look a moment later
 
 
 def _of_the_run_that_goes_on(recipe: Recipe) -> tuple[bool, WritePlan | None]:
-    """Whether there is such a run, and its plan."""
-    config = Path(recipe.run_dir) / "config.json"
-    if recipe.resume not in ("auto", "never"):
-        stored = checkpoint.read(Path(recipe.resume)).get("identity", {}).get("targets")
-    elif recipe.resume == "auto" and config.exists():
-        stored = json.loads(config.read_text(encoding="utf-8")).get("write_through")
-    else:
-        return False, None
+    """Whether there is such a run, and its plan. Raises UsageError."""
+    path = Path(recipe.run_dir) / "config.json"
     try:
+        if recipe.resume not in ("auto", "never"):
+            path = Path(recipe.resume)
+            stored = checkpoint.read(path)["identity"]["targets"]
+        elif recipe.resume == "auto" and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8")).get("write_through")
+        else:
+            return False, None
         return True, WritePlan(**stored) if isinstance(stored, dict) else None
-    except TypeError as error:
-        raise UsageError(
-            f"--run-dir {recipe.run_dir}: its plan for the label cache is damaged; name another"
-        ) from error
+    except UsageError:
+        raise
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        raise UsageError(f"{path}: its plan for the label cache is damaged; name another --run-dir") from None
 
 
 def _for_a_new_run(recipe: Recipe) -> WritePlan | None:
@@ -97,7 +110,7 @@ def _for_a_new_run(recipe: Recipe) -> WritePlan | None:
     views, top_k = recipe.label_cache_views, recipe.label_cache_top_k
     if not recipe.teachers:
         require_cache(recipe)
-    if recipe.teachers and not folder.is_file() and not holds_label_cache(folder, "--label-cache"):
+    if recipe.teachers and not folder.is_file() and not holds_label_cache(folder, OPTION):
         return WritePlan(0, views or recipe.epochs, top_k, recipe.seed)
     header = LabelCache(folder).header
     for option, asked, there in (("views", views, header.views), ("top-k", top_k, header.top_k)):
@@ -110,40 +123,75 @@ def _for_a_new_run(recipe: Recipe) -> WritePlan | None:
     return WritePlan(first, header.views, header.top_k, header.plan["seed"])
 
 
-class WriteThrough:
-    """The label cache that a run writes, and from epoch V on reads: `cache`. Close it to let go of the folder."""
+class RecordingTargets:
+    """A target source (`method.targets.TargetSource`): live teachers, whose top k goes to a label cache.
+
+    Close it to let go of the folder.
+    """
 
     def __init__(
         self, recipe: Recipe, runtime: Runtime, teachers: LabelTeachers, index: ImageIndex, views: ViewPlan,
         plan: WritePlan,
     ) -> None:  # fmt: skip
-        """Claims the cache, all processes together. Raises UsageError or DataError: it is of other targets."""
-        self.recipe, self.runtime, self.index, self.views, self.plan = recipe, runtime, index, views, plan
-        self.rows = recipe.batch_size // runtime.world_size // recipe.accumulate  # that the teachers see at once
-        self.teachers, classes = teachers, teachers.classes
-        top_k = plan.top_k or min(TOP_K, classes)
-        if top_k > classes:
+        """Claims the cache, all processes together. `views` are those of `plan`: its seed, its number of views.
+
+        Raises UsageError or DataError: it is of other targets.
+        """
+        self.cache: LabelCache  # what is complete of it: a loader reads its targets where there are any
+        self.recording = True  # False while steps are only measured: the teachers' targets, and nothing is kept
+        self._recipe, self._runtime, self._teachers, self._plan = recipe, runtime, teachers, plan
+        self._steps_per_epoch = len(index) // recipe.batch_size
+        self._made: list[tuple[torch.Tensor, torch.Tensor]] = []  # the step's top k, [B / accumulate, k] each
+        self._pending: deque[Future[None]] = deque()
+        k = plan.top_k or min(TOP_K, teachers.classes)
+        if k > teachers.classes:
             raise UsageError(
-                f"--label-cache-top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer"
+                f"--label-cache-top-k {k}: the teachers have {teachers.classes} classes; ask for as many or fewer"
             )
         folder, count = Path(recipe.label_cache), plan.views
-        if holds_label_cache(folder, "--label-cache"):  # which another program may have begun to extend
+        if holds_label_cache(folder, OPTION):  # which another program may have begun to extend
             count = max(count, read_header(folder).views)
-        self.header = cache_header(recipe, runtime, index, views, self.teachers, count, top_k, self.rows)
-        self._pending: deque[Future] = deque()
+        rows = recipe.batch_size // runtime.world_size // recipe.accumulate  # that the teachers see at once
+        self.header = cache_header(recipe, runtime, index, views, teachers, count, k, rows)
+        self._labeller = Labeller(recipe, runtime, index, views, teachers, k, rows)
+        self._note = ""
         with ExitStack() as stack:
             if runtime.is_main:
-                stack.enter_context(claim_label_cache(folder, self.header, by_training=True))
-                gather_spools(folder, self.header)
+                self._note = stack.enter_context(claim_label_cache(folder, self.header, OPTION)).note
             runtime.barrier()
             self.cache = LabelCache(folder)
-            self._spool = LabelSpool(folder, runtime.rank)
-            stack.callback(self._spool.close)
+            self._writer = stack.enter_context(closing(LabelWriter(folder, runtime.rank, OPTION)))
             self._thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="mealfast-labels"))
             runtime.barrier()  # all have read what there is before any adds to it
             self._stack = stack.pop_all()
 
-    # -- in the steps ------------------------------------------------------------------------------------------------
+    # -- in a step ---------------------------------------------------------------------------------------------------
+
+    def before(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The batch's own targets, where the cache has them. Else, under CutMix, the top k of the images as they are:
+        the run learns from what it writes, mixed by area as a run from the cache mixes it. Otherwise nothing: the
+        teachers see the student's images."""
+        self._made = []
+        if batch.targets or not (self.recording and self._recipe.cutmix):
+            return batch.targets or ()
+        for part in batch.images.chunk(self._recipe.accumulate):
+            self._made.append(self.top_k(self._teachers.ensemble(part)))
+        return tuple(torch.cat(one) for one in zip(*self._made, strict=True))
+
+    def __call__(self, part: Inputs) -> Target:
+        """The given target; else the teachers' logits, with the top k that the cache will hold."""
+        if part.cached:
+            return Target(top_k=part.cached)
+        logits = self._teachers.ensemble(part.images)
+        if not self.recording:
+            return Target(logits=logits)
+        self._made.append(self.top_k(logits))
+        return Target(logits=logits, top_k=self._made[-1])
+
+    def after(self, batch: Batch, step: int) -> None:
+        """Has the top k that the step made written. Raises DataError where an earlier write has failed."""
+        if self._made:
+            self.add(step // self._steps_per_epoch, batch.indices, self._made)
 
     def top_k(self, teacher_logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K logits [B, C] -> ids int32 [B, k], probabilities float32 [B, k]: a cache's target. No host sync."""
@@ -154,7 +202,7 @@ class WriteThrough:
 
         Raises DataError where an earlier write has failed.
         """
-        if epoch not in self.plan.live_epochs or self.cache.has(epoch):
+        if epoch not in self._plan.live_epochs or self.cache.has(epoch):
             return
         while self._pending and (self._pending[0].done() or len(self._pending) >= QUEUED):
             self._pending.popleft().result()
@@ -172,75 +220,73 @@ class WriteThrough:
     def _write(self, view: int, parts: Sequence[torch.Tensor], copied: torch.cuda.Event | None) -> None:
         if copied is not None:
             copied.synchronize()
-        self._spool.add(view, *(part.numpy() for part in parts))
+        images, ids, probabilities = (part.numpy() for part in parts)
+        finite = np.isfinite(probabilities).all(axis=1)  # others stay missing; such a step is skipped, too
+        self._writer.add(view, images[finite], ids[finite], probabilities[finite])
 
     def flush(self) -> None:
-        """Waits until all that was added is on disk: before a checkpoint says that it is."""
+        """Waits until all that was added is on disk: before a checkpoint says that it is. Raises DataError."""
         while self._pending:
             self._pending.popleft().result()
-        self._spool.flush()
+        self._writer.flush()
 
     # -- between epochs ----------------------------------------------------------------------------------------------
 
     def finish(self, epochs: range) -> list[str]:
-        """Completes the views of epochs that are over, all processes together. Returns what to tell the user."""
+        """Completes the views of epochs that are over, all processes together. Returns what to tell the user.
+
+        Raises DataError: a full disk, teachers whose targets are not finite.
+        """
         notes = []
         for view in epochs:
-            if view < self.plan.views and not self.cache.has(view):
-                notes += self._complete(view)
+            if view < self._plan.views and not self.cache.has(view):
+                notes.append(self._complete(view))
         return notes
 
-    def _complete(self, view: int) -> list[str]:
-        runtime = self.runtime
+    def _complete(self, view: int) -> str:
+        runtime = self._runtime
         self.flush()
         runtime.barrier()
-        missing = self._spool.missing(view)
+        missing = self._writer.missing(view)
         runtime.barrier()  # all have counted before any adds
-        broken = "".join(sorted(set(runtime.gather(self._label(view, missing[runtime.rank :: runtime.world_size])))))
+        broken = sorted(set(map(str, runtime.gather(self._label(view, missing)))) - {""})
         if broken:
-            return [f"note: label cache: {broken}"]
+            return f"note: label cache: {'; '.join(broken)}"
         if runtime.is_main:
-            self._spool.complete(view)
+            self._writer.complete(view)
         runtime.barrier()
         self.cache.refresh()
-        return [
-            f"label cache: view {view + 1} of {self.plan.views} is complete; {len(missing)} of {len(self.index):,} "
-            "targets were made outside of the steps"
-        ]
+        return (
+            f"label cache: view {view + 1} of {self._plan.views} is complete; {len(missing)} of "
+            f"{self.header.images:,} targets were made outside of the steps"
+        )
 
-    def _label(self, view: int, missing: np.ndarray) -> str:
-        """Has the teachers label images int64 [m] and adds them; why it could not, where a file is broken."""
-        if not len(missing):
-            return ""
-        batches = [(view, missing[first : first + self.rows]) for first in range(0, len(missing), self.rows)]
-        loader = label_loader(
-            self.recipe.loader, self.index, self.views, batches, batch_size=self.rows, device=self.runtime.device,
-            threads=self.recipe.loader_threads,
-        )  # fmt: skip
-        pad_to = self.rows if self.teachers.compiled else None
-        loaded = iter(loader)
-        try:
-            for _ in batches:
+    def _label(self, view: int, missing: range | np.ndarray) -> str:
+        """Has the teachers label this process's share of images [m]; why they could not, where a file is broken."""
+        batches = MissingBatches({view: missing}, self._labeller.batch_size, self._runtime)
+        with closing(self._labeller(batches)) as targets:
+            made = together(targets, len(batches))
+            while True:
                 try:
-                    batch = next(loaded)
+                    some = next(made, None)
                 except DataError as error:
                     return f"view {view} stays incomplete, and the teachers run where it is shown: {error}"
-                target = top_k_targets(self.teachers, batch.images, self.header.top_k, pad_to)
-                self._spool.add(view, *(part.cpu().numpy() for part in (batch.indices, *target)))
-        finally:
-            loader.close()
-        self._spool.flush()
+                if some is None:
+                    break
+                self._writer.add(view, *some)
+        self._writer.flush()
         return ""
 
-    def introduction(self) -> str:
-        """What this run does with its cache."""
-        plan, header = self.plan, self.header
+    def introduction(self) -> list[str]:
+        """What this run does with its cache, for its log."""
+        plan, header = self._plan, self.header
         size = forecast_bytes(header.images, plan.views, header.top_k, header.classes)
-        return (
-            f"label cache {self.recipe.label_cache}: {len(self.cache.header.complete)} of {plan.views} views complete; "
-            f"the teachers run in epochs {plan.first + 1} to {plan.views}, and the top {header.top_k} of "
-            f"{header.classes} classes of what they say is written ({size_text(size)} in all); other epochs read it"
-        )
+        return [
+            *([self._note] if self._note else []),
+            f"label cache {self._recipe.label_cache}: {len(self.cache.header.complete)} of {plan.views} views "
+            f"complete; the teachers run in epochs {plan.first + 1} to {plan.views}, and the top {header.top_k} of "
+            f"{header.classes} classes of what they say is written ({size_text(size)} in all); other epochs read it",
+        ]
 
     def close(self) -> None:
         """Writes what waits, and lets go of the folder."""

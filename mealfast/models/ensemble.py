@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
 
@@ -128,3 +129,10 @@ def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, default
     finally:
         if default.compiled:
             torch.compiler.reset()
+
+
+def padded(images: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """Images [B, H, W, 3] and below them black ones, `rows` in all; None adds none."""
+    if rows is None or len(images) == rows:
+        return images
+    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows - len(images)))

@@ -91,6 +91,11 @@ def is_random(spec: str) -> bool:
     return not parsed.tag and not parsed.checkpoint
 
 
+def random_notes(specs: Sequence[str]) -> list[str]:
+    """What to tell the user of models with random weights."""
+    return [f"note: {spec} has random weights (no tag and no checkpoint)" for spec in specs if is_random(spec)]
+
+
 def digest(model: nn.Module) -> str:
     """SHA-256 of a model's weights: names, shapes, dtypes and bytes."""
     sha = hashlib.sha256()
@@ -109,14 +114,24 @@ def check_distinct(specs: Sequence[str], digests: Sequence[str]) -> None:
         seen[value] = spec
 
 
-def check_classes(specs: Sequence[str], models: Sequence[NormalizedModel], student: str, num_classes: int) -> None:
-    """Refuses teachers that do not have the student's `num_classes` outputs."""
+def check_classes(
+    specs: Sequence[str],
+    models: Sequence[NormalizedModel],
+    student: tuple[str, int] | None = None,
+    option: str = "--teachers",
+) -> int:
+    """The number of outputs of all models, C: that of the student (its name, C), or else of the first.
+
+    Raises UsageError, which names the `option` that gave the specs, where they differ.
+    """
+    other, classes = (f"the student {student[0]}", student[1]) if student else (specs[0], models[0].num_classes)
     for spec, model in zip(specs, models, strict=True):
-        if model.num_classes != num_classes:
+        if model.num_classes != classes:
             raise UsageError(
-                f"--teachers {spec} has {model.num_classes} classes, the student {student} has {num_classes}: "
-                "they must agree (?num_classes=N in a spec sets them)"
+                f"{option} {spec} has {model.num_classes} classes, {other} has {classes}: they must agree "
+                "(?num_classes=N in a spec sets them)"
             )
+    return classes
 
 
 def probe(model: NormalizedModel, spec: str, size: int) -> None:

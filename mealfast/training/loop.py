@@ -65,7 +65,8 @@ def run_job(
         for line in [*(notes or []), *report.introduction(job)]:
             outputs.say(line)
         if outputs.recording:
-            outputs.say(outputs.recording.introduction())
+            for line in outputs.recording.introduction():
+                outputs.say(line)
         if at_start:
             at_start(job, where, outputs.say)
         if where.step:

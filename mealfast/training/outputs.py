@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from mealfast.labels.teachers import LabelTeachers, described
+from mealfast.labels.write_through import RecordingTargets
+from mealfast.models import tuning
 from mealfast.record.checkpoint_writer import CheckpointWriter
 from mealfast.record.console import Progress
 from mealfast.record.metrics import Telemetry
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training import report
 from mealfast.training.job import Job
-from mealfast.training.recording import RecordingTargets, recording_targets
 from mealfast.training.where import Where
 
 
@@ -116,3 +118,14 @@ class Outputs:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+
+
+def recording_targets(job: Job) -> RecordingTargets | None:
+    """The label cache that a run writes, if it writes one; claims it. Raises UsageError or DataError."""
+    if job.writing is None or job.teachers is None:
+        return None
+    layouts = tuning.layouts(job.reports)
+    teachers = LabelTeachers(
+        job.teachers, described(job.live_teachers, job.teacher_digests), job.student.num_classes, job.compiled, layouts
+    )
+    return RecordingTargets(job.recipe, job.runtime, teachers, job.data.train, job.views, job.writing)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
 from mealfast.loaders import Batch, DataError, Loader
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Stopped
+from mealfast.models.ensemble import padded
 
 Predict = Callable[..., list[torch.Tensor]]
 Batches = tuple[Batch, ...]
@@ -129,10 +129,3 @@ def _hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Float [B, C], int64 [B] -> int64 [2]: rows whose label is among the first 1 and the first 5."""
     guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack((guesses[:, 0].sum(), guesses.any(dim=1).sum()))
-
-
-def padded(images: torch.Tensor, rows: int | None) -> torch.Tensor:
-    """Images [B, H, W, 3] and below them black ones, `rows` in all; None adds none."""
-    if rows is None or len(images) == rows:
-        return images
-    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows - len(images)))

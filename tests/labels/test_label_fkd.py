@@ -196,15 +196,15 @@ def test_an_import_that_stops_anywhere_ends_as_the_same_bytes(labels, cache, tre
 
     monkeypatch.setattr(fkd_import, "BLOCK_BYTES", 7 * CROPS * 29)  # four blocks
     assert dispatch(command(labels[0], tree, tmp_path / "whole")) == 0
-    real, left = LabelWriter.write, [0]
+    real, left = LabelWriter.add, [0]
 
-    def write(self, *arguments):
+    def add(self, *arguments):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         real(self, *arguments)
 
-    monkeypatch.setattr(LabelWriter, "write", write)
+    monkeypatch.setattr(LabelWriter, "add", add)
     for now in (3, 0, 6, 5, 99):
         left[0] = now
         try:

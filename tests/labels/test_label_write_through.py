@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from mealfast.__main__ import dispatch
 from mealfast.errors import UsageError
-from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan
+from mealfast.loaders import DataError, ImageIndex, LabelCache, LabelWriter, ViewPlan
 from mealfast.measure import forecast
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.recipe import make_recipe
@@ -223,7 +224,7 @@ def test_sigkill(writing, whole, tmp_path):
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if list((tmp_path / "run-cache").glob("spool-0001-*")):
+        if list((tmp_path / "run-cache").glob("rows-0001-*")):
             break
         time.sleep(0.002)
     process.kill()
@@ -237,14 +238,14 @@ def test_sigkill(writing, whole, tmp_path):
 def test_a_cache_that_lost_targets_has_them_made_again(writing, whole, tmp_path, harm):
     run(writing, tmp_path / "run", max_steps=5)
     cache = tmp_path / "run-cache"
-    (spool,) = cache.glob("spool-*")
-    assert spool.stat().st_size == 2 * 8 + 16 * (8 + 4 * K)
+    (rows,) = cache.glob("rows-*")
+    assert rows.stat().st_size == 2 * 8 + 16 * (8 + 4 * K)
     if harm == "cut":
-        os.truncate(spool, spool.stat().st_size - 5)
+        os.truncate(rows, rows.stat().st_size - 5)
     elif harm == "changed":
-        data = bytearray(spool.read_bytes())
+        data = bytearray(rows.read_bytes())
         data[8 + 8 * 8 + 3] ^= 1
-        spool.write_bytes(data)
+        rows.write_bytes(data)
         os.truncate(cache / "view-0000.bin", 9)
     else:
         shutil.rmtree(cache)
@@ -286,13 +287,16 @@ def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, whole, built,
 
 def test_a_cache_that_was_extended_meanwhile_keeps_its_views(writing, built, tmp_path):
     run(writing, tmp_path / "run", max_steps=4)
-    header = json.loads((tmp_path / "run-cache" / "header.json").read_text())
-    (tmp_path / "run-cache" / "header.json").write_text(json.dumps({**header, "views": 3}))
-    (tmp_path / "run-cache" / "view-0002.bin").write_bytes(b"begun")
+    folder = tmp_path / "run-cache"
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**header, "views": 3}))
+    with closing(LabelWriter(folder, 5)) as writer:
+        writer.add(2, np.arange(4), np.zeros((4, K)), np.zeros((4, K)))
+    begun = (folder / "rows-0002-5.bin").read_bytes()
     assert run(writing, tmp_path / "run")["finished"]
-    cache = LabelCache(tmp_path / "run-cache")
+    cache = LabelCache(folder)
     assert (cache.header.views, [one.view for one in cache.header.complete]) == (3, [0, 1])
-    assert (tmp_path / "run-cache" / "view-0002.bin").read_bytes() == b"begun"
+    assert (folder / "rows-0002-5.bin").read_bytes() == begun
 
 
 def test_a_file_that_broke_leaves_its_view_open_and_the_run_goes_on(writing, built, tree, tmp_path, capsys):
@@ -341,7 +345,7 @@ def test_two_processes(writing, tmp_path):
     assert content(tmp_path / "stopped-cache") == content(tmp_path / "whole-cache")
     run(writing, tmp_path / "one")
     assert_close(tmp_path / "whole-cache", tmp_path / "one-cache")
-    assert len(list((tmp_path / "left-cache").glob("spool-0001-*"))) == 2
+    assert len(list((tmp_path / "left-cache").glob("rows-0001-*"))) == 2
     assert run(writing, tmp_path / "left")["finished"]  # by one process, which takes up what two have written
     assert_close(tmp_path / "left-cache", tmp_path / "one-cache")
 
@@ -351,8 +355,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(writing, whole, tmp
     real = os.write
 
     def full(descriptor, data):
-        spool = "spool-0001" in os.readlink(f"/proc/self/fd/{descriptor}")
-        if spool and len(data) == 8 + rows * (8 + 4 * K):
+        second_view = "rows-0001" in os.readlink(f"/proc/self/fd/{descriptor}")
+        if second_view and len(data) == 8 + rows * (8 + 4 * K):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor, data)
 

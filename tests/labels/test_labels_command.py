@@ -29,7 +29,7 @@ def teachers(weights):
 
 @pytest.fixture(scope="module")
 def argv(tree, teachers):
-    """`labels build` of 2 views of 25 images in batches of 1: two parts a view, 16 and 9 images."""
+    """`labels build` of 2 views of 25 images in batches of 1, which go to disk 16 and 9 at a time."""
     return [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
         "--top-k", str(K), "--batch-size", "1", "--seed", "4", "--amp", "off", "--device", "cpu", "--no-compile",
@@ -78,16 +78,16 @@ def test_targets_are_those_of_the_views_that_a_run_shows(built, tree, teachers):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_build_that_stops_anywhere_ends_as_the_same_bytes(argv, built, tmp_path, monkeypatch, seed):
-    folder, rng, real = tmp_path / "cache", np.random.default_rng(seed), LabelWriter.write
+    folder, rng, real = tmp_path / "cache", np.random.default_rng(seed), LabelWriter.add
     left = [0]
 
-    def write(self, *arguments):
+    def add(self, *arguments):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         real(self, *arguments)
 
-    monkeypatch.setattr(LabelWriter, "write", write)
+    monkeypatch.setattr(LabelWriter, "add", add)
     written = 0
     while not (folder / "header.json").exists() or not LabelCache(folder).header.is_complete:
         left[0] = now = int(rng.integers(0, 3))
@@ -95,12 +95,12 @@ def test_a_build_that_stops_anywhere_ends_as_the_same_bytes(argv, built, tmp_pat
             dispatch([*argv, str(folder)])
         except KeyboardInterrupt:
             written += now
-    assert written < 2 * VIEWS  # no part was made twice
+    assert written < 2 * VIEWS  # nothing was made twice
     assert content(folder) == content(built)
 
 
 def test_two_processes_and_a_kill(argv, built, tmp_path):
-    """SIGKILL to torchrun's two processes as soon as a part is on disk, then two processes again: the same bytes."""
+    """SIGKILL to torchrun's two processes as soon as a target is on disk, then two processes again: the same bytes."""
     folder = tmp_path / "cache"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [
@@ -109,7 +109,7 @@ def test_two_processes_and_a_kill(argv, built, tmp_path):
     ]  # fmt: skip
     first = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while first.poll() is None and not list(folder.glob("journal-*.txt")) and time.monotonic() < deadline:
+    while first.poll() is None and not list(folder.glob("rows-*.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

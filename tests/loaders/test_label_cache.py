@@ -7,6 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import struct
+import time
+import zlib
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +41,7 @@ def make_header(**changes) -> CacheHeader:
         "classes": C,
         "top_k": K,
         "teachers": ({"spec": "a@a.pth", "digest": "01" * 32}, {"spec": "b@b.pth", "digest": "02" * 32}),
-        "made_with": {"batch_size": 3, "rows_per_part": 6, "precision": "float32", "loader": "pillow"},
+        "made_with": {"batch_size": 3, "precision": "float32", "loader": "pillow"},
     }
     return CacheHeader(**{**fields, **changes})
 
@@ -49,20 +54,22 @@ def targets(view: int, header: CacheHeader) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), p.astype(np.float32)
 
 
-def write(folder: Path, header: CacheHeader, ranks: int = 1) -> None:
-    """A build by `ranks` processes, one after the other."""
-    with claim_label_cache(folder, header):
-        writers = [LabelWriter(folder, rank) for rank in range(ranks)]
-        for rank, writer in reversed(list(enumerate(writers))):
-            for view, part in writer.todo[rank::ranks]:
-                first, last = writer.rows(part)
-                ids, probabilities = targets(view, header)
-                writer.write(view, part, ids[first:last], probabilities[first:last])
-                if rank == 0:
-                    writer.complete_views()
-        writers[0].finish()
-        for writer in writers:
-            writer.close()
+def add(writer: LabelWriter, view: int, images: np.ndarray) -> None:
+    ids, probabilities = targets(view, writer.header)
+    writer.add(view, images, ids[images], probabilities[images])
+
+
+def write(folder: Path, header: CacheHeader, ranks: int = 1, rows: int = 6) -> None:
+    """A build by `ranks` processes, one after the other, which add `rows` images at a time."""
+    with claim_label_cache(folder, header), ExitStack() as stack:
+        writers = [stack.enter_context(closing(LabelWriter(folder, rank))) for rank in range(ranks)]
+        missing = {view: np.asarray(writers[0].missing(view)) for view in writers[0].incomplete}
+        for view, images in missing.items():
+            for number, first in enumerate(range(0, len(images), rows)):
+                add(writers[number % ranks], view, images[first : first + rows])
+            for writer in writers:
+                writer.flush()
+            writers[0].complete(view)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -167,11 +174,9 @@ def test_killed_at_random_moments(finished, tmp_path, monkeypatch, seed):
 
         monkeypatch.setattr(os, name, call)
 
-    dies("pwrite", lambda real, fd, data, offset: real(fd, data[: len(data) // 2], offset))
     dies("write", lambda real, fd, data: real(fd, data[: len(data) // 2]))
-    dies("fsync")
-    dies("replace")
-    dies("ftruncate")
+    for name in ("fsync", "replace", "truncate", "unlink"):
+        dies(name)
     kills = 0
     for ranks in [1, 2] * 20:
         left[0] = int(rng.integers(1, 25))
@@ -187,31 +192,110 @@ def test_killed_at_random_moments(finished, tmp_path, monkeypatch, seed):
     assert content(folder) == content(finished)
 
 
-def test_only_missing_parts_are_written_again(finished, tmp_path):
+def test_a_process_that_is_killed_leaves_what_others_go_on_with(finished, tmp_path):
+    """SIGKILL at any moment of a build, again and again; then another number of writers, other batches."""
+    began = time.monotonic()
+    write(tmp_path / "cache-0", make_header())
+    whole, kills, caches = time.monotonic() - began, 0, 1
+    for attempt in range(20):
+        if not (child := os.fork()):
+            write(tmp_path / f"cache-{caches}", make_header(), ranks=1 + attempt % 2, rows=1 + attempt % 5)
+            os._exit(0)
+        time.sleep(whole * (attempt % 10) / 10)
+        os.kill(child, signal.SIGKILL)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        kills, caches = kills + killed, caches + (not killed)
+    assert kills >= 5
+    for path in tmp_path.iterdir():
+        write(path, make_header(), ranks=3)
+        assert content(path) == content(finished)
+
+
+def test_only_missing_rows_are_written_again(finished, tmp_path):
     folder, header = tmp_path / "cache", make_header()
-    with claim_label_cache(folder, header) as todo:
-        assert todo == N * V * header.row.itemsize
-        writer = LabelWriter(folder)
-        ids, p = targets(0, header)
-        for part in range(4):
-            first, last = writer.rows(part)
-            writer.write(0, part, ids[first:last], p[first:last])
-        ids, p = targets(1, header)
-        writer.write(1, 2, ids[12:18], p[12:18])
-        writer.complete_views()
-        writer.close()
-    with (folder / "journal-0.txt").open("ab") as journal:
-        journal.write(b"1 3 0011")  # the half line of a kill
-    with claim_label_cache(folder, header) as todo:
-        assert LabelWriter(folder).todo == [(1, 0), (1, 1), (1, 3), *((2, part) for part in range(4))]
-        assert todo == (N * 2 - 6) * header.row.itemsize
+    with claim_label_cache(folder, header) as claim, closing(LabelWriter(folder)) as writer:
+        assert (claim.bytes_left, claim.note) == (N * V * header.row.itemsize, "")
+        assert len(writer.missing(0)) == N
+        add(writer, 0, np.random.default_rng(0).permutation(N))  # in any order
+        writer.complete(0)
+        add(writer, 1, np.arange(12, 18))
+        with pytest.raises(DataError, match="17 targets of view 1 are missing; run the same command again"):
+            writer.complete(1)
+    with (folder / "rows-0001-0.bin").open("ab") as file:
+        file.write(struct.pack("<II", 1, 0) + b"half")  # what a kill leaves of a record
+    with claim_label_cache(folder, header) as claim, closing(LabelWriter(folder, 1)) as writer:
+        assert claim.bytes_left == (N * 2 - 6) * header.row.itemsize
+        assert writer.incomplete == [1, 2]
+        np.testing.assert_array_equal(writer.missing(1), [*range(12), *range(18, N)])
+        add(writer, 1, np.arange(3))
+    assert (folder / "rows-0001-0.bin").stat().st_size == 8 + 6 * (8 + 4 * K)  # what follows is found again
     with pytest.raises(DataError, match="1 of its 3 views are complete"):
         LabelCache(folder).require_complete()
-    data = bytearray((folder / "view-0001.bin").read_bytes())
-    data[13 * header.row.itemsize] ^= 1  # in the part that the journal has: its CRC says so
-    (folder / "view-0001.bin").write_bytes(data)
-    with claim_label_cache(folder, header):
-        assert (1, 2) in LabelWriter(folder).todo
+    data = bytearray((folder / "rows-0001-0.bin").read_bytes())
+    data[8 + 6 * 8 + 5] ^= 1  # of a row: the record's CRC-32 says so
+    (folder / "rows-0001-0.bin").write_bytes(data)
+    with claim_label_cache(folder, header), closing(LabelWriter(folder)) as writer:
+        np.testing.assert_array_equal(writer.missing(1), range(3, N))
+    write(folder, header)
+    assert content(folder) == content(finished)
+
+
+def raw_record(images: list[int], rows: bytes, count: int | None = None) -> bytes:
+    content = np.array(images, "<i8").tobytes() + rows
+    return struct.pack("<II", len(images) if count is None else count, zlib.crc32(content)) + content
+
+
+ROW = np.zeros(1, make_header().row)
+HOSTILE = {
+    "count": raw_record([0], ROW.tobytes(), count=(1 << 32) - 1),
+    "image": raw_record([N], ROW.tobytes()),
+    "negative image": raw_record([-1], ROW.tobytes()),
+    "id": raw_record([0], (np.full(K, C, "<u2").tobytes() + bytes(2 * K))),
+    "NaN": raw_record([0], bytes(2 * K) + np.full(K, np.nan, "<f2").tobytes()),
+    "other bytes": os.urandom(999),
+    "zeros": bytes(64),  # empty records, as a machine that lost power can leave them
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_rows_that_are_none_count_for_nothing(finished, tmp_path, case):
+    folder = tmp_path / "cache"
+    with claim_label_cache(folder, make_header()), closing(LabelWriter(folder)) as writer:
+        add(writer, 1, np.arange(5))
+    with (folder / "rows-0001-0.bin").open("ab") as file:
+        file.write(HOSTILE[case])
+    with claim_label_cache(folder, make_header()), closing(LabelWriter(folder)) as writer:
+        np.testing.assert_array_equal(writer.missing(1), range(5, N))
+        add(writer, 1, np.arange(5, 9))
+        np.testing.assert_array_equal(writer.missing(1), range(9, N))
+    write(folder, make_header())
+    assert content(folder) == content(finished)
+
+
+def test_a_view_larger_than_what_is_held_in_memory_is_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("mealfast.loaders.label_rows.ROWS", 4)
+    monkeypatch.setattr("mealfast.loaders.label_rows._GATHERED", 1)
+    write(tmp_path / "cache", make_header(), ranks=2)
+    for view in range(V):
+        assert content(tmp_path / "cache")[f"view-{view:04}.bin"] == content(finished)[f"view-{view:04}.bin"]
+
+
+def test_what_an_earlier_version_had_begun(finished, tmp_path):
+    """Parts in place with a journal are made anew, and one line says so; rows that it called spools are taken up."""
+    folder, header = Path(shutil.copytree(finished, tmp_path / "cache")), make_header()
+    edited(folder, complete=json.loads((folder / "header.json").read_text())["complete"][:1])
+    (folder / "view-0001.bin").write_bytes(bytes(header.bytes_per_view))
+    (folder / "journal-0.txt").write_text("1 0 0badf00d\n1 3 00")
+    ids, p = targets(2, header)
+    rows = np.zeros(4, header.row)
+    rows["ids"], rows["probabilities"] = ids[7:11], p[7:11]
+    (folder / "spool-0002-3.bin").write_bytes(raw_record([7, 8, 9, 10], rows.tobytes()) + b"half")
+    with claim_label_cache(folder, header) as claim, closing(LabelWriter(folder)) as writer:
+        begun = "what an earlier mealfast had begun besides its 1 complete views is made anew"
+        assert claim.note == f"note: --out {folder}: {begun}"
+        assert claim.bytes_left == (2 * N - 4) * header.row.itemsize
+        assert not (folder / "view-0001.bin").exists()
+        np.testing.assert_array_equal(writer.missing(2), [*range(7), *range(11, N)])
     write(folder, header)
     assert content(folder) == content(finished)
 
@@ -232,7 +316,7 @@ def test_more_views_extend_a_cache_and_fewer_finish_an_interrupted_one(finished,
 
 
 def test_a_full_disk_keeps_what_is_complete(finished, tmp_path, monkeypatch):
-    folder, header, real = tmp_path / "cache", make_header(), os.pwrite
+    folder, header, real = tmp_path / "cache", make_header(), os.write
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(DataError, match=r"--out .*: 0.00 GB are to be written, but the disk has 0.00 GB free"):
@@ -242,17 +326,19 @@ def test_a_full_disk_keeps_what_is_complete(finished, tmp_path, monkeypatch):
 
     writes = iter(range(100))
 
-    def full(*arguments):
-        if next(writes) >= 6:
+    def full(descriptor, data):
+        if (number := next(writes)) >= 7:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*arguments)
+        return real(descriptor, data[:11] if number == 6 else data)  # some of it fits
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(DataError, match=r"No space left on device; what is complete is kept") as caught:
         write(folder, header)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert len(LabelCache(folder).header.complete) == 1
+    record = 8 + 6 * (8 + header.row.itemsize)
+    assert (folder / "rows-0001-0.bin").stat().st_size == 2 * record  # no half one
     write(folder, header)
     assert content(folder) == content(finished)
 
@@ -274,7 +360,6 @@ DIFFERENT = {
     "classes": ({"classes": 51}, r"--teachers \(classes"),
     "k": ({"top_k": 5}, "--top-k"),
     "teachers": ({"teachers": make_header().teachers[:1]}, "--teachers"),
-    "batch": ({"made_with": {**make_header().made_with, "batch_size": 6}}, "--batch-size"),
     "precision": ({"made_with": {**make_header().made_with, "precision": "bfloat16"}}, "--amp"),
     "loader": ({"made_with": {**make_header().made_with, "loader": "dali"}}, "--loader"),
 }
@@ -300,18 +385,32 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_targets_that_are_no_distribution_are_not_written(tmp_path):
-    with claim_label_cache(tmp_path / "cache", make_header()):
-        writer = LabelWriter(tmp_path / "cache")
+    images = np.arange(4, 10)
+    with claim_label_cache(tmp_path / "cache", make_header()), closing(LabelWriter(tmp_path / "cache")) as writer:
         ids, p = targets(0, make_header())
-        p[2, 1] = np.nan
-        with pytest.raises(DataError, match="--teachers: the target of view 0, images 0 to 5"):
-            writer.write(0, 0, ids[:6], p[:6])
-        writer.close()
+        for harmed, place, value in ((p, (6, 1), np.nan), (p, (6, 1), 1.5), (ids, (6, 0), C)):
+            before, harmed[place] = harmed[place], value
+            with pytest.raises(DataError, match="--teachers: the target of view 0, image 6, is no distribution"):
+                writer.add(0, images, ids[images], p[images])
+            harmed[place] = before
+        assert len(writer.missing(0)) == N
+        add(writer, 0, images)
+        assert len(writer.missing(0)) == N - 6
 
 
 def edited(cache: Path, **changes) -> None:
     header = json.loads((cache / "header.json").read_text())
     (cache / "header.json").write_text(json.dumps({**header, **changes}))
+
+
+def edited_text(cache: Path, old: str, new: str) -> None:
+    text = (cache / "header.json").read_text()
+    assert old in text
+    (cache / "header.json").write_text(text.replace(old, new))
+
+
+def nested(levels: int) -> list:
+    return [nested(levels - 1)] if levels else []
 
 
 def rehashed(cache: Path, at: int, value: int) -> None:
@@ -359,11 +458,19 @@ DAMAGE = {
     "plan's images": (lambda c: edited(c, plan={**make_header().plan, "images": 1}), "plan's images"),
     "scale": (lambda c: edited(c, plan={**make_header().plan, "scale": [1]}), "scale must hold 2"),
     "flip": (lambda c: edited(c, plan={**make_header().plan, "flip": None}), "flip must hold 1"),
-    "made with": (lambda c: edited(c, made_with={"batch_size": 8}), "rows_per_part is missing"),
+    "made with": (lambda c: edited(c, made_with={}), "batch_size is missing"),
+    "batch size": (lambda c: edited(c, made_with={"batch_size": 0}), "batch_size must be 1 or more"),
     "record": (lambda c: edited(c, complete=[{"view": 0}]), "is damaged"),
     "record out of order": (lambda c: edited(c, views=2), "numbers of the complete views"),
     "no JSON": (lambda c: (c / "header.json").write_bytes(b"\x80\x02}q\x00."), "no JSON"),
     "nested": (lambda c: (c / "header.json").write_bytes(b"[" * 200_000), "no JSON"),
+    "nested rightly": (lambda c: (c / "header.json").write_text("[" * 200_000 + "]" * 200_000), "no JSON"),
+    "nested a little": (lambda c: edited(c, made_with={"x": nested(900)}), "in one another, deeper than"),
+    "a list": (lambda c: (c / "header.json").write_text("[1, 2]"), "no header of a label cache"),
+    "a long text": (lambda c: edited(c, version="3" * 70_000), "a text of 70000 characters"),
+    "a long version": (lambda c: edited(c, version=["3"] * 70_000), r"version \['3', '3', .*\.\.\.\]"),
+    "odd record": (lambda c: edited(c, complete=[{"view\x1b[31m": 0}]), r"view\\x1b\[31m"),
+    "digits": (lambda c: edited_text(c, '"top_k": 4', '"top_k": ' + "4" * 5000), "no JSON|top_k must be"),
     "endless": (lambda c: os.truncate(c / "header.json", 1 << 30), "is larger than"),
     "no header": (lambda c: (c / "header.json").unlink(), "has no header.json"),
 }
@@ -375,7 +482,59 @@ def test_damage_is_named_in_one_line(cache, case):
     damage(cache)
     with pytest.raises(DataError, match=message) as caught:
         LabelCache(cache).view(1)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_a_header_says_cannot_steer_a_terminal(cache):
+    escape = "\x1b]0;owned\x07\r\n"
+    edited(cache, teachers=[{"spec": escape, "digest": escape}], made_with={"batch_size": 8, "precision": escape,
+           "loader": escape, "layouts": {escape: [escape]}}, images_digest=escape,
+           plan={**make_header().plan, "interpolation": escape})  # fmt: skip
+    header = LabelCache(cache).header
+    assert "\x1b" not in json.dumps(header.to_json(), ensure_ascii=False)
+    assert header.teachers[0]["spec"] == r"\x1b]0;owned\x07\r\n"
+    with pytest.raises(DataError) as caught:
+        write(cache, make_header())
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone", "unreadable"])
+def test_a_file_that_changes_under_a_run(cache, monkeypatch, harm):
+    """No signal, and nothing of it in a target: what is in use is held in memory, the rest is checked as it is read."""
+    read, path = LabelCache(cache), cache / "view-0001.bin"
+    rows = np.arange(N)
+    first = read.targets(1, rows)
+    {
+        "cut": lambda: os.truncate(path, 0),
+        "changed": lambda: path.write_bytes(bytes(path.stat().st_size)),
+        "gone": path.unlink,
+        "unreadable": lambda: monkeypatch.setattr(Path, "open", broken_disk),
+    }[harm]()
+    for found, before in zip(read.targets(1, rows), first, strict=True):
+        np.testing.assert_array_equal(found, before)
+    for view in (0, 2) if harm != "unreadable" else ():
+        read.targets(view, rows)
+    reader = read if harm != "unreadable" else LabelCache(cache)
+    with pytest.raises(DataError, match=r"view-0001.bin: (holds 0 bytes|is damaged|cannot be read)") as caught:
+        reader.targets(1, rows)
     assert "\n" not in str(caught.value)
+
+
+def broken_disk(path: Path, *arguments, **options):
+    if path.suffix == ".bin":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return open(path, *arguments, **options)
+
+
+def test_two_views_are_held(cache):
+    read = LabelCache(cache)
+    held = [read.view(view) for view in (0, 1)]
+    assert all(read.view(view) is held[view] for view in (0, 1, 0))
+    assert not held[0].flags.writeable
+    assert read.view(2) is read.view(2)
+    assert read.view(1) is held[1]
+    assert read.view(0) is not held[0]
 
 
 def test_a_file_is_no_cache(tmp_path):

@@ -378,7 +378,7 @@ def test_parallel_scan_finds_the_same(tmp_path):
 
 @pytest.fixture
 def fragile(tmp_path, monkeypatch):
-    """Probing processes that die at certain names: `bomb` of an abort; `hit` of SIGKILL, as often as its number says."""
+    """Probing processes that die at some names: of an abort at `bomb`, of as many SIGKILLs as its number says at `hit`."""
     script = tmp_path / "fragile.py"
     script.write_text(
         "import os, signal, sys\n"

@@ -296,9 +296,13 @@ def test_a_digest_sees_one_bit():
 
 def test_another_number_of_classes_is_refused():
     teacher = models.build("test_resnet?num_classes=5")
-    models.check_classes(["a"], [teacher], "s", 5)
+    assert models.check_classes(["a"], [teacher], ("s", 5)) == 5
     with pytest.raises(UsageError, match="--teachers a has 5 classes, the student s has 7"):
-        models.check_classes(["a"], [teacher], "s", 7)
+        models.check_classes(["a"], [teacher], ("s", 7))
+    other = models.build("test_resnet?num_classes=4")
+    assert models.check_classes(["a", "b"], [teacher, teacher]) == 5
+    with pytest.raises(UsageError, match="--model b has 4 classes, a has 5: they must agree"):
+        models.check_classes(["a", "b"], [teacher, other], option="--model")
 
 
 def test_a_fixed_size_transformer_is_built_for_the_size_that_is_asked_for():
@@ -321,6 +325,9 @@ def test_random_weights_are_known_as_such():
     assert models.is_random("resnet18?num_classes=3")
     assert not models.is_random("resnet18.tv_in1k")
     assert not models.is_random("resnet18@w.pth")
+    assert models.random_notes(["resnet18@w.pth", "resnet18"]) == [
+        "note: resnet18 has random weights (no tag and no checkpoint)"
+    ]
 
 
 def test_saved_weights_load_with_plain_timm(tmp_path):
