@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from mealfast.machine import terminal
+
 
 class Progress:
     """Shows optimiser steps, or what else `unit` names. `enabled` is False on all processes but the main one."""
@@ -18,7 +20,7 @@ class Progress:
         self.total_steps, self.step, self.batch_size = total_steps, first_step, batch_size
         self.enabled, self.unit = enabled, unit
         self.bar = None
-        if enabled and sys.stderr.isatty():
+        if enabled and terminal.is_terminal(sys.stderr):
             self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
     def advance(self) -> None:
@@ -41,10 +43,14 @@ class Progress:
         self.say(f"{title}  {where}  {text}  {images_per_second:,.0f} images/s  {left} left")
 
     def say(self, text: str) -> None:
-        """A line that does not break the bar. Where stderr is a file on a full disk or a closed pipe, it is lost."""
-        if self.enabled:
-            with suppress(OSError):
-                tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+        """A line that does not break the bar. Where stderr is closed or on a full disk, it is lost."""
+        if not self.enabled:
+            return
+        if self.bar is None:
+            terminal.say(text)
+            return
+        with suppress(OSError, ValueError):
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
