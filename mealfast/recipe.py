@@ -178,9 +178,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for option_field in fields(self):
             self._check_choice(option_field)
-        positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        positive += ("collective_timeout", "max_bad_steps")
-        for name in positive:
+        for name in (
+            "size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep",
+            "collective_timeout", "max_bad_steps",
+        ):  # fmt: skip
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
         for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
             value = getattr(self, name)

@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 
 from mealfast.cli.options import Parser
+from mealfast.cli.view_options import check_positive
 from mealfast.loaders import ImageIndex
+from mealfast.machine.terminal import is_terminal
 
 
 def make_parser() -> Parser:
+    """The options of `mealfast index`."""
     parser = Parser(
         prog="mealfast index",
         usage="mealfast index DIR [OPTIONS]",
-        description="Scans a tree of images (class = first folder), stores its index beside the data and says what it "
-        "holds: images, classes, sizes, and every file that cannot be read with the reason.",
+        description="Scans a folder of images, where the first folder of a path is the class, stores the index beside "
+        "the data and prints what it holds: images, classes, sizes, and each file that cannot be read, with the reason.",
     )
-    parser.add_argument("folder", metavar="DIR", help="tree of class folders, or a folder with train/ and val/")
+    parser.add_argument("folder", metavar="DIR", help="folder of class folders, or one with train/ and val/")
     parser.add_argument(
-        "--decode", action="store_true", help="decode every image once, instead of reading headers only"
+        "--decode", action="store_true", help="decode every image once instead of reading only the headers"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="parallel readers (default: all cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="parallel readers (default: one for each core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     return parser
 
@@ -32,13 +35,12 @@ def make_parser() -> Parser:
 def index_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises DataError for a folder that is missing or has no usable image."""
     options = make_parser().parse_args(argv)
+    check_positive(options, "workers")
     root = Path(options.folder)
     parts = [name for name in ("train", "val") if (root / name).is_dir()]
+    bar = is_terminal(sys.stderr)
     found = [
-        describe(
-            ImageIndex.scan(root / name, workers=options.workers, progress=sys.stderr.isatty(), decode=options.decode),
-            name,
-        )
+        describe(ImageIndex.scan(root / name, workers=options.workers, progress=bar, decode=options.decode), name)
         for name in parts or [""]
     ]
     whole = together(found, str(root)) if parts else found[0]

@@ -130,8 +130,6 @@ def timms_predictions(photos, lite):
 
 def test_lite_models_on_photos_score_as_timm_scores_them(photos, lite, capfd, monkeypatch):
     """18, 18, 18 and together 19 of 20; and with Pillow every prediction is the one of timm's transform."""
-    import mealfast.cli.evaluate
-
     predictions = []
 
     def watched(predict, *arguments, **options):
@@ -140,7 +138,7 @@ def test_lite_models_on_photos_score_as_timm_scores_them(photos, lite, capfd, mo
 
         return evaluate(predict, *arguments, **{**options, "on_batch": kept})
 
-    monkeypatch.setattr(mealfast.cli.evaluate, "evaluate", watched)
+    monkeypatch.setattr("mealfast.training.scoring.evaluate", watched)
     specs = [f"{name}@{path}" for name, path in lite.items()]
     found = command(capfd, "--data", photos, "--model", *specs, "--own-views", "--loader", "pillow", "--batch-size", 7)
     ours = [np.concatenate(parts) for parts in zip(*predictions, strict=True)]
