@@ -90,7 +90,7 @@ def draw_digits(folder: Path) -> None:
     ]
     ensemble = (sum(teachers[1:], start=teachers[0]) / len(teachers)).argmax(dim=1).tolist()
 
-    figure, axes = pyplot.subplots(2, SHOWN // 2, figsize=(8, 5.6))
+    figure, axes = pyplot.subplots(2, SHOWN // 2, figsize=(8, 6.4))
     for axis in axes.flat:
         axis.axis("off")
     for place, (axis, number) in enumerate(zip(axes.flat, shown, strict=False)):
@@ -103,8 +103,8 @@ def draw_digits(folder: Path) -> None:
                 0.5, -0.12 - 0.13 * row, f"{name}: {guess}", color=colour, fontsize=9, ha="center",
                 transform=axis.transAxes,
             )  # fmt: skip
-    figure.suptitle(f"Validation digits; the start misreads {len(wrong)} of {len(paths)}, and those come first")
-    figure.tight_layout()
+    figure.suptitle(f"Validation digits, those that the start misreads ({len(wrong)} of {len(paths)}) first")
+    figure.subplots_adjust(left=0.03, right=0.97, top=0.88, bottom=0.15, hspace=0.62)
     with replacing(folder / PICTURE) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

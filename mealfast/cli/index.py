@@ -21,7 +21,7 @@ def make_parser() -> Parser:
         prog="mealfast index",
         usage="mealfast index DIR [OPTIONS]",
         description="Scans a folder of images, where the first folder of a path is the class, stores the index beside "
-        "the data and prints what it holds: images, classes, sizes, and each file that cannot be read, with the reason.",
+        "the data and prints what it holds: images, classes, sizes, and each unreadable file with the reason.",
     )
     parser.add_argument("folder", metavar="DIR", help="folder of class folders, or one with train/ and val/")
     parser.add_argument(
