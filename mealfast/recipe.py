@@ -258,6 +258,7 @@ class Recipe:
         return bool(self.teachers or self.label_cache)
 
     def to_json(self) -> dict[str, Any]:
+        """Every field as JSON has it: tuples are lists."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 

@@ -112,7 +112,10 @@ def _interrupted(number: int) -> str:
 
 
 def _hangs() -> bool:
-    """Whether a thread that the interpreter would wait for does not end."""
+    """Whether the interpreter's end would wait for a thread, or a decoder, that does not end."""
+    loaders = sys.modules.get("mealfast.loaders")
+    if getattr(loaders, "threads_are_blocked", bool)():
+        return True
     until = time.monotonic() + _JOIN
     waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
     for thread in waited_for:
