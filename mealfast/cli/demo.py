@@ -79,9 +79,9 @@ def _make_room(folder: Path) -> None:
         raise UsageError(f"--run-dir {folder}: holds something other than a demo; name a new or an empty folder")
     for name in ("data", *RUNS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in demo_report.FILES:
-        (folder / name).unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in demo_report.FILES:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--run-dir {folder}: cannot be made ({error.strerror})") from error
+        raise UsageError(f"--run-dir {folder}: cannot be made ({error.strerror or error})") from error
