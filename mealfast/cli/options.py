@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             if flag == "--":
                 break
             if flag.startswith("--") and flag not in self._option_string_actions:
-                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
                 self.error(f"there is no option {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         return super().parse_args(args, namespace)
 
