@@ -22,6 +22,7 @@ from mealfast.cli.view_options import (
 )
 from mealfast.errors import UsageError
 from mealfast.machine.terminal import is_terminal, say
+from mealfast.machine.wording import counted
 
 if TYPE_CHECKING:  # torch and timm take seconds to import: not for --help and typing errors
     import torch
@@ -209,7 +210,7 @@ def _text(result: dict[str, Any]) -> str:
 
         lines += ["", *lines_of(*rows[-1])]
     if "quarantined" in result:
-        lines.append(f"{result['quarantined']} files could not be read and were left out: see `mealfast index`")
+        lines.append(f"unreadable, and left out (see `mealfast index`): {counted(result['quarantined'], 'file')}")
     if "figure" in result:
         lines.append(f"confusion matrix: {result['figure']}")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from mealfast.cli.options import Parser
 from mealfast.cli.view_options import check_positive
 from mealfast.loaders import ImageIndex
 from mealfast.machine.terminal import is_terminal
+from mealfast.machine.wording import counted
 
 
 def make_parser() -> Parser:
@@ -80,12 +81,12 @@ def together(parts: list[dict[str, Any]], root: str) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> str:
     side = facts["shorter_side"]
     lines = [
-        f"{facts['root']}: {facts['images']:,} images of {facts['classes']:,} classes, shorter side {side['min']} to "
-        f"{side['max']} px (median {side['median']:.0f})"
+        f"{facts['root']}: {counted(facts['images'], 'image')} of {counted(facts['classes'], 'class')}, shorter side "
+        f"{side['min']} to {side['max']} px (median {side['median']:.0f})"
     ]
     if facts["unlabelled"]:
-        lines.append(f"  {facts['unlabelled']:,} images lie outside class folders: they have no label")
+        lines.append(f"  outside class folders, without a label: {counted(facts['unlabelled'], 'image')}")
     if facts["quarantined"]:
-        lines.append(f"  {len(facts['quarantined']):,} files cannot be read and are left out:")
+        lines.append(f"  unreadable, and left out: {counted(len(facts['quarantined']), 'file')}")
         lines += [f"    {entry['path']}: {entry['reason']}" for entry in facts["quarantined"]]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mealfast.cli.options import Parser
 from mealfast.machine.files import printable
+from mealfast.machine.wording import counted
 from mealfast.record.console import size_text
 
 if TYPE_CHECKING:  # importing it takes torch
@@ -64,10 +65,10 @@ def text(facts: dict[str, Any]) -> str:
     """What `facts` found, for people; a header may come from a stranger, so its text is escaped."""
     plan = facts["plan"]
     lines = [
-        f"{printable(facts['cache'])}: {facts['complete_views']} of {facts['views']} views of {facts['images']:,} "
-        f"images, top {facts['top_k']} of {facts['classes']} classes",
+        f"{printable(facts['cache'])}: {facts['complete_views']} of {counted(facts['views'], 'view')} of "
+        f"{counted(facts['images'], 'image')}, top {facts['top_k']} of {counted(facts['classes'], 'class')}",
         f"  {size_text(facts['bytes'])} of {size_text(facts['bytes_when_complete'])}, "
-        f"{facts['bytes_per_view_and_image']} bytes a view and image",
+        f"{counted(facts['bytes_per_view_and_image'], 'byte')} a view and image",
         *(
             f"  teacher {printable(teacher['spec'])}  sha256 {printable(teacher['digest'][:16])}"
             for teacher in facts["teachers"]

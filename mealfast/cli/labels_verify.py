@@ -9,6 +9,7 @@ from mealfast.cli.labels_build import cache_recipe
 from mealfast.cli.options import Parser
 from mealfast.cli.view_options import add_device_option, check_positive
 from mealfast.errors import UsageError
+from mealfast.machine.wording import counted
 
 _PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -84,11 +85,11 @@ def verify_command(argv: list[str]) -> int:
 
 
 def _text(folder: str, result: dict[str, Any]) -> str:
-    lines = [f"{folder}: {result['checked']} of {result['views']} views complete and as they were written"]
+    lines = [f"{folder}: {result['checked']} of {counted(result['views'], 'view')} complete and as they were written"]
     if "recomputed" in result:
         found = result["recomputed"]
         lines.append(
-            f"  {found['images']} targets recomputed: mean total variation {found['mean_total_variation']:.2g}, "
-            f"largest {found['largest_total_variation']:.2g}"
+            f"  {counted(found['images'], 'target')} recomputed: mean total variation "
+            f"{found['mean_total_variation']:.2g}, largest {found['largest_total_variation']:.2g}"
         )
     return "\n".join(lines)

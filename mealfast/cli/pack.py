@@ -10,6 +10,7 @@ from mealfast.cli.view_options import check_positive
 from mealfast.errors import UsageError
 from mealfast.loaders import ImageIndex, pack
 from mealfast.machine.terminal import is_terminal
+from mealfast.machine.wording import counted
 
 
 def make_parser() -> Parser:
@@ -56,5 +57,5 @@ def pack_command(argv: list[str]) -> int:
             workers=options.workers,
             progress=progress,
         )
-        print(f"{out / name}: {len(index):,} images, {len(index.quarantined):,} files left out")
+        print(f"{out / name}: {counted(len(index), 'image')}, {counted(len(index.quarantined), 'file')} left out")
     return 0

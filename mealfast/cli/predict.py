@@ -23,6 +23,7 @@ from mealfast.cli.view_options import (
 from mealfast.errors import UsageError
 from mealfast.machine.files import printable
 from mealfast.machine.terminal import say
+from mealfast.machine.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,7 +165,9 @@ def _names(class_map: str | None, classes: int) -> list[str]:
             raise UsageError(f"--class-map {class_map}: cannot be read ({reason})") from error
         names = [name for name in names if name]
         if len(names) != classes:
-            raise UsageError(f"--class-map {class_map}: holds {len(names)} names; the model has {classes} classes")
+            raise UsageError(
+                f"--class-map {class_map}: holds {counted(len(names), 'name')}, the model has {classes} classes"
+            )
         return names
     info = ImageNetInfo("imagenet-1k")
     if classes == info.num_classes():

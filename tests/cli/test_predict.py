@@ -79,4 +79,4 @@ def test_files_of_every_kind(weights, tmp_path, capfd):
     names.write_text("ant\nbee\n")
     status, out, err = predict(capfd, spec, good[0], *options)
     assert (status, out) == (2, "")
-    assert err == f"mealfast: --class-map {names}: holds 2 names; the model has 3 classes\n"
+    assert err == f"mealfast: --class-map {names}: holds 2 names, the model has 3 classes\n"
