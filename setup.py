@@ -15,6 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     # The folders stand side by side in the checkout and nest in the package: a top-level `kernels`
     # in site-packages would shadow Hugging Face's package of that name.
@@ -38,6 +39,6 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],  # the digits, and the figure of the demo
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.18"],
     },
 )

@@ -76,7 +76,7 @@ synthetic(Path('$images'), 16384, 0)"
         ;;
     esac
     case $stage in
-    kernel-tests) step "$stage" "$bin/pytest" "$here"/../tests/test_kernels*.py "${gpu_tests[@]}" ;;
+    kernel-tests) step "$stage" "$bin/pytest" "$here"/../tests/kernels/test_kernels*.py "${gpu_tests[@]}" ;;
     tests) step "$stage" "$bin/pytest" "$here/../tests" "${gpu_tests[@]}" --ignore-glob='*/test_kernels*' ;;
     throughput-224) throughput throughput.jsonl --sizes 224 --batch 256 ;;
     throughput-380) throughput throughput.jsonl --sizes 380 --batch 128 ;;

@@ -1,6 +1,6 @@
-"""The results of benchmarks as tables for reading, a plot, and the README's section.
+"""The results of benchmarks as tables for reading, a plot, and a section of a page (docs/speed.md has it).
 
-    python benchmarks/report.py RESULTS.jsonl [MORE.jsonl ...] [--plot FILE.png] [--readme README.md]
+    python benchmarks/report.py RESULTS.jsonl [MORE.jsonl ...] [--plot FILE.png] [--readme docs/speed.md]
 
 Reads what throughput.py and loaders.py wrote with `--out`. Figures of different hardware, size or batch are
 kept apart; where one was measured more than once, the newest counts. `--readme` replaces what lies between the lines
@@ -141,7 +141,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
 
 
 def fill(readme: Path, text: str) -> None:
-    """Replaces the benchmark section of a README."""
+    """Replaces the benchmark section of a page."""
     before = readme.read_text(encoding="utf-8")
     head, start, rest = before.partition(START)
     _, end, tail = rest.partition(END)

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from mealfast.errors import UsageError
+from mealfast.errors import UsageError, alternatives
 
 # Pinned: timm's untagged names have moved over the years, and the 380 pair without tags is one teacher twice.
 TEACHERS_224 = ("senet154.gluon_in1k", "resnet152s.gluon_in1k")
@@ -28,31 +28,43 @@ class Recipe:
 
     # Models
     teachers: tuple[str, ...] = option(
-        (), "models", "model specs of the ensemble; none trains on labels alone", metavar="SPEC"
+        (), "models", "model specs of the ensemble (default: none, which trains on labels alone)", metavar="SPEC"
     )
-    student: str = option("", "models", "model spec of the student", metavar="SPEC")
+    student: str = option(
+        "", "models", "model spec of the student (required, unless --recipe names one)", metavar="SPEC"
+    )
 
     # Data
-    data: str = option("", "data", "folder with train/ and val/, each a tree of class folders", metavar="DIR")
-    size: int = option(224, "data", "side of the square crops, pixels")
+    data: str = option(
+        "", "data", "folder with train/ and val/, each with one folder of images per class (required)", metavar="DIR"
+    )
+    size: int = option(224, "data", "side of the square crops, in pixels")
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), "data", "smallest and largest crop area, of the image's", metavar=("MIN", "MAX")
+        (0.08, 1.0),
+        "data",
+        "smallest and largest area of a training crop, as a share of the image",
+        metavar=("MIN", "MAX"),
     )
     crop_ratio: tuple[float, float] = option(
-        (3 / 4, 4 / 3), "data", "smallest and largest crop width / height", metavar=("MIN", "MAX")
+        (3 / 4, 4 / 3), "data", "smallest and largest width / height of a training crop", metavar=("MIN", "MAX")
     )
-    flip: float = option(0.5, "data", "probability of a horizontal flip")
-    interpolation: str = option("bilinear", "data", "resize of training crops", choices=("bilinear", "bicubic"))
+    flip: float = option(0.5, "data", "probability that a training image is flipped horizontally")
+    interpolation: str = option("bilinear", "data", "how training crops are resized", choices=("bilinear", "bicubic"))
     eval_crop_pct: float | None = option(
         None,
         "data",
-        "evaluation resizes the shorter side to size / P; none: int(256 / 224 * size), the paper's",
+        "evaluation resizes the shorter side to size / P, then crops the centre (default: to int(256 / 224 * "
+        "size), as the paper does)",
         metavar="P",
     )
-    eval_interpolation: str = option("bilinear", "data", "resize of evaluation", choices=("bilinear", "bicubic"))
-    loader: str = option("dali", "data", "decoder backend; pillow is the slower reference", choices=("dali", "pillow"))
+    eval_interpolation: str = option(
+        "bilinear", "data", "how evaluation images are resized", choices=("bilinear", "bicubic")
+    )
+    loader: str = option(
+        "dali", "data", "what decodes the images; pillow is the slower reference", choices=("dali", "pillow")
+    )
     loader_threads: int | None = option(
-        None, "data", "decoding threads per process; none: its share of the cores", metavar="N"
+        None, "data", "decoding threads of each process (default: its share of the cores)", metavar="N"
     )
 
     loader_timeout: int = option(
@@ -63,38 +75,40 @@ class Recipe:
     discriminator: str | None = option(
         None,
         "method",
-        "regulariser on the logits; cooperative (the released code's) unless there is no teacher",
+        "regulariser on the logits (default: cooperative, as in the released code; off without teachers)",
         choices=("cooperative", "adversarial", "off"),
     )
-    discriminator_lr: float | None = option(None, "method", "its learning rate; none: the student's", metavar="LR")
-    cutmix: bool = option(
-        False, "method", "CutMix on the images of every batch (beta 1); the teachers label the mixed image"
+    discriminator_lr: float | None = option(
+        None, "method", "learning rate of the discriminator (default: the student's)", metavar="LR"
     )
+    cutmix: bool = option(False, "method", "apply CutMix to every batch (beta 1); the teachers see the mixed images")
     label_cache: str = option(
         "",
         "method",
-        "folder whose targets and views stand in for the teachers, none of which runs; with --teachers a cache that "
-        "is not there, or not complete, is written in the first epochs and read from then on",
+        "folder of targets to read instead of running the teachers; with --teachers, a cache that is missing "
+        "or incomplete is written during the first epochs (default: none)",
         metavar="CACHE",
     )
     label_cache_views: int | None = option(
         None,
         "method",
-        "views that a run with teachers writes into a new --label-cache; none: as many as --epochs",
+        "views of each image to write into a new --label-cache (default: as many as --epochs)",
         metavar="V",
     )
     label_cache_top_k: int | None = option(
-        None, "method", "probabilities that it keeps of each target; none: 10", metavar="K"
+        None, "method", "probabilities of each target to keep in a new --label-cache (default: 10)", metavar="K"
     )
     hard_label_weight: float = option(
-        0.0, "method", "weight w of cross-entropy with the labels: (1 - w) soft + w hard; 1 without teachers"
+        0.0,
+        "method",
+        "weight w of the cross-entropy with the labels: the loss is (1 - w) soft + w hard, and 1 needs no teachers",
     )
 
     # Optimisation
-    epochs: int = option(180, "optimisation", "epochs")
-    batch_size: int = option(512, "optimisation", "images per step over all processes")
+    epochs: int = option(180, "optimisation", "number of epochs")
+    batch_size: int = option(512, "optimisation", "images per step, over all processes together")
     accumulate: int = option(
-        1, "optimisation", "parts that each process's share of the batch is computed in, to save memory"
+        1, "optimisation", "number of parts in which each process computes its share of a batch, to save memory"
     )
     lr: float = option(0.01, "optimisation", "learning rate")
     lr_decay_epochs: tuple[int, ...] = option(
@@ -106,68 +120,72 @@ class Recipe:
     optimizer: str = option(
         "sgd",
         "optimisation",
-        "torch's fused SGD, or NVIDIA Apex's FusedSGD where that is installed",
+        "torch's fused SGD, or NVIDIA Apex's FusedSGD where it is installed",
         choices=("sgd", "apex-fused-sgd"),
     )
     max_steps: int | None = option(
-        None, "optimisation", "stop after this many steps in all; resume continues the same schedule", metavar="N"
+        None,
+        "optimisation",
+        "stop after this many steps in total; a later run can go on with the same schedule (default: no limit)",
+        metavar="N",
     )
 
     # Machine
-    device: str = option("auto", "machine", "auto: the GPUs if there are any", choices=("auto", "cuda", "cpu"))
+    device: str = option("auto", "machine", "auto uses the GPUs if there are any", choices=("auto", "cuda", "cpu"))
     amp: str = option(
         "auto",
         "machine",
-        "mixed precision; auto: bf16 on GPUs that have it, on CPUs with AMX, and on CPUs with AVX512-BF16 unless the "
-        "student has depthwise convolutions; else off",
+        "mixed precision; auto is bf16 on GPUs that support it, on CPUs with AMX, and on CPUs with "
+        "AVX512-BF16 unless the student has depthwise convolutions, and off elsewhere",
         choices=("auto", "bf16", "fp16", "off"),
     )
-    compile: bool | None = option(None, "machine", "torch.compile the models; by default on GPUs only")
+    compile: bool | None = option(None, "machine", "compile the models with torch.compile (default: on GPUs only)")
     collective_timeout: int = option(
-        600, "machine", "seconds after which processes that wait for another one give up", metavar="SECONDS"
+        600, "machine", "seconds after which a process stops waiting for the others", metavar="SECONDS"
     )
     cuda_graphs: str | None = option(
         None,
         "machine",
-        "replay the teachers, or the whole step, as one CUDA graph; by default ensemble on GPUs",
+        "replay the teachers (ensemble) or the whole step (step) as one CUDA graph (default: ensemble on GPUs)",
         choices=("off", "ensemble", "step"),
     )
     tune_teachers: bool = option(
         True,
         "machine",
-        "measure which memory format and dtype suit each teacher on this device (once; remembered); off: channels-last",
+        "measure once which memory format and dtype suit each teacher on this device; off uses channels-last",
     )
 
     # Run
-    seed: int = option(0, "run", "seed of the view plan, CutMix and random weights")
-    run_dir: str = option("", "run", "run directory; default runs/RECIPE", metavar="DIR")
+    seed: int = option(0, "run", "seed of the views, of CutMix and of random weights")
+    run_dir: str = option("", "run", "folder that the run writes into (default: runs/RECIPE)", metavar="DIR")
     resume: str = option(
         "auto",
         "run",
-        "auto: continue what the run directory holds; never: refuse if it holds anything; or a checkpoint's path",
+        "auto continues the run that the run directory holds; never refuses to; PATH continues from that checkpoint",
         metavar="auto|never|PATH",
     )
     stage_report: bool = option(
-        False, "run", "measure every stage before the first step, a second each: what `mealfast forecast` prints"
+        False, "run", "measure each stage for a second before the first step, as `mealfast forecast` does"
     )
-    log_every: int = option(50, "run", "steps between lines of metrics.jsonl and TensorBoard scalars")
-    checkpoint_every: int = option(1000, "run", "steps between checkpoints (always one at the end)")
-    eval_every: int = option(1, "run", "epochs between evaluations; 0: only at the start and at the end")
+    log_every: int = option(50, "run", "steps between lines in metrics.jsonl and points in TensorBoard")
+    checkpoint_every: int = option(1000, "run", "steps between checkpoints; there is always one at the end")
+    eval_every: int = option(1, "run", "epochs between evaluations; 0 evaluates only at the start and at the end")
     eval_start: bool = option(True, "run", "evaluate before the first step")
-    keep: int = option(2, "run", "newest checkpoints kept (best.pt is kept besides)")
+    keep: int = option(2, "run", "number of newest checkpoints to keep, besides best.pt")
     max_bad_steps: int = option(
         20,
         "run",
-        "steps in a row with a non-finite loss or gradient, all of them skipped, that end the run",
+        "end the run after this many steps in a row with a non-finite loss or gradient; such steps are skipped",
         metavar="N",
     )
 
     def __post_init__(self) -> None:
         for option_field in fields(self):
             self._check_choice(option_field)
-        positive = ("size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        positive += ("collective_timeout", "max_bad_steps", "loader_timeout")
-        for name in positive:
+        for name in (
+            "size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep",
+            "collective_timeout", "max_bad_steps", "loader_timeout",
+        ):  # fmt: skip
             self._refuse(getattr(self, name) < 1, name, "must be 1 or more")
         for name in ("loader_threads", "max_steps", "label_cache_views", "label_cache_top_k"):
             value = getattr(self, name)
@@ -244,6 +262,7 @@ class Recipe:
         return bool(self.teachers or self.label_cache)
 
     def to_json(self) -> dict[str, Any]:
+        """Every field as JSON has it: tuples are lists."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
@@ -295,7 +314,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def make_recipe(name: str | None = None, **changes: Any) -> Recipe:
     """The recipe called `name` (None: the defaults) with some fields changed. Raises UsageError."""
     if name is not None and name not in RECIPES:
-        raise UsageError(f"--recipe {name}: unknown; one of {', '.join(RECIPES)}")
+        raise UsageError(f"--recipe {name}: unknown; {alternatives(name, RECIPES)}")
     values = {**(RECIPES[name] if name else {}), **changes}
     values["run_dir"] = values.get("run_dir") or f"runs/{name or 'custom'}"
     return Recipe(**values)

@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 
 # Read when torch is first imported: idle OpenMP threads must not spin while others decode.
@@ -21,7 +22,30 @@ from PIL import Image
 
 from .lite_weights import convert
 
+# `python -m pytest` puts the checkout first on the path: its folder mealfast/ would hide the installed package, which
+# alone is whole, and its folder kernels/ another project's.
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != _ROOT]
+
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Files whose tests take long: fault campaigns, torchrun, compilers, grids of kernels. `make quick` leaves them out, and
+# single tests that are marked `slow`; it shows its longest tests, so that one which has become slow is seen.
+SLOW = frozenset(
+    {
+        "test_distributed", "test_kernels", "test_kernels_benchmark", "test_kernels_compiled",
+        "test_kernels_interpreted", "test_kernels_sparse", "test_label_benchmark", "test_label_write_through",
+        "test_labels_command", "test_loaders_benchmark", "test_reliability_campaigns", "test_reliability_disk",
+        "test_teachers", "test_throughput_benchmark",
+    }
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 32  # pixels of the views that the tests train on

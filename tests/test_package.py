@@ -24,7 +24,7 @@ def modules(folder: str) -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that nothing that lies about in the checkout gets in or is left behind."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in (*FOLDERS.values(), "tests", "benchmarks"):
         if (ROOT / name).is_dir():
@@ -42,6 +42,17 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
     wanted = {f"{place}/{name}" for place, folder in FOLDERS.items() for name in modules(folder)}
     assert {name for name in names if name.endswith(".py")} == wanted
     assert "mealfast/py.typed" in names
+
+
+def test_the_wheel_says_under_which_licence_it_is(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = [name for name in archive.namelist() if Path(name).name == "LICENSE"]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        assert "Apache-2.0" in archive.read(metadata).decode().partition("\n\n")[0]
+    text = " ".join((ROOT / "LICENSE").read_text().split())
+    assert text.startswith("Apache License Version 2.0, January 2004")
+    assert "END OF TERMS AND CONDITIONS" in text
 
 
 def test_the_installed_program_runs_outside_the_checkout(wheel, tmp_path):
@@ -63,6 +74,33 @@ def test_the_installed_program_runs_outside_the_checkout(wheel, tmp_path):
     places, usage = done.stdout.split("usage: ", 1)
     assert all(Path(place).is_relative_to(tmp_path / "site") for place in places.split())
     assert usage.startswith("mealfast train")
+
+
+def test_a_checkout_does_not_hide_an_installation_that_is_not_editable(wheel, tmp_path):
+    """`python -m mealfast` in a checkout, whose folder mealfast/ lacks loaders and kernels and comes first on the path.
+
+    Without the site-packages that these tests run with, which may hold an editable installation; what the commands here
+    need of others is the standard library."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    for argv in (["--version"], ["train", "--help"]):
+        argv = [sys.executable, "-S", "-m", "mealfast", *argv]
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+    code = "import runpy, sys; sys.argv = ['mealfast', '--version']\n"
+    code += "try: runpy.run_module('mealfast', run_name='__main__', alter_sys=True)\n"
+    code += "except SystemExit: print(sys.modules['mealfast.cli'].__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "site" / "mealfast" / "cli" / "__init__.py"), done.stderr
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    argv = [sys.executable, "-S", "-E", "-m", "mealfast", "--version"]
+    done = subprocess.run(argv, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert "not installed" in line
 
 
 def test_the_console_script_is_installed():

@@ -3,49 +3,78 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
+from mealfast.cli.signals import PATIENCE, Interrupted, interruptible
+from mealfast.cli.streams import flush_streams, secure_streams
 from mealfast.errors import RunError, UsageError
+from mealfast.machine.terminal import say
 
 _OTHERS_WAIT = 5.0  # seconds that other processes leave the main one to say what all of them have met
+_JOIN = 2.0  # seconds that are left to threads which should have ended
+
+Command = Callable[[list[str]], int]
 
 
-def run_command(command: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Runs a command; 0 where it succeeded, 2 for bad input and 1 for what else ended it (one line on stderr), 130
-    after Ctrl-C."""
+def main(command: Command) -> NoReturn:
+    """Runs a command as this process's job, with the options that it was started with, and leaves."""
+    secure_streams()
+    try:
+        status = run_command(command, sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    lost = flush_streams()
+    if lost and status == 0:
+        say(f"mealfast: {lost}")
+        status = 1
+    # Without the orderly end, which can wait for the other processes, or for a thread that a dead disk holds.
+    if _hangs() or (status != 0 and _processes() > 1):
+        os._exit(status)
+    if status > 128:
+        last_resort = threading.Timer(PATIENCE, os._exit, (status,))
+        last_resort.daemon = True
+        last_resort.start()
+    sys.exit(status)
+
+
+def run_command(command: Command, argv: list[str]) -> int:
+    """Runs a command; 0 where it succeeded, 2 for bad input and 1 for what else ended it (one line on stderr), 128 + n
+    after signal n (130 after Ctrl-C)."""
     # How long idle OpenMP threads spin: long enough for the next small operation, too short to take the cores from
     # decoding threads and neighbours (the default costs a factor of up to 8 on a busy CPU). Read at torch's import.
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return _run(command, argv)
-    status = _run_among_others(command, argv)
-    if status != 0:  # without the orderly end, which can wait for the other processes
-        os._exit(status)
-    return status
+    with interruptible(_leave):
+        return _run(command, argv) if _processes() == 1 else _run_among_others(command, argv)
 
 
-def _run(command: Callable[[list[str]], int], argv: list[str]) -> int:
+def _run(command: Command, argv: list[str]) -> int:
+    rank = int(os.environ.get("RANK", 0))
     try:
         return command(argv)
-    except KeyboardInterrupt:
-        _say("mealfast: interrupted")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        if rank == 0:  # torchrun hands a signal to all processes
+            say(_interrupted(number))
+        return 128 + number
     except (ValueError, RunError) as error:
         if not _is_for_the_user(error):
             raise
-        rank = int(os.environ.get("RANK", 0))
         if rank > 0:
             time.sleep(_OTHERS_WAIT)
         place = f" (process {rank})" if rank > 0 else ""
-        _say(f"mealfast: {error}{place}")
+        say(f"mealfast: {error}{place}")
         return 1 if isinstance(error, RunError) else 2
 
 
-def _run_among_others(command: Callable[[list[str]], int], argv: list[str]) -> int:
+def _run_among_others(command: Command, argv: list[str]) -> int:
     """The same for one of several processes: the one that failed says so before the others, who only notice."""
     rank = os.environ.get("RANK", "?")
     try:
@@ -53,10 +82,10 @@ def _run_among_others(command: Callable[[list[str]], int], argv: list[str]) -> i
     except Exception as error:
         if (trouble := lost_process(error)) is not None:
             time.sleep(_OTHERS_WAIT)
-            _say(f"mealfast: process {rank}: {trouble}")
+            say(f"mealfast: process {rank}: {trouble}")
         else:
             said = "".join(traceback.format_exception(error)).rstrip()
-            _say(f"{said}\nmealfast: process {rank} failed with the error above")
+            say(f"{said}\nmealfast: process {rank} failed with the error above")
         return 1
 
 
@@ -71,9 +100,31 @@ def lost_process(error: Exception) -> str | None:
     return None
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # stderr may be a file on a full disk; the status still tells
-        print(text, file=sys.stderr, flush=True)
+def _leave(number: int) -> None:
+    """Ends the process at once; by descriptor, since whoever was interrupted may hold the streams."""
+    with suppress(OSError):
+        os.write(2, f"{_interrupted(number)}\n".encode())
+    os._exit(128 + number)
+
+
+def _interrupted(number: int) -> str:
+    return "mealfast: interrupted" + ("" if number == signal.SIGINT else f" by {signal.Signals(number).name}")
+
+
+def _hangs() -> bool:
+    """Whether the interpreter's end would wait for a thread, or a decoder, that does not end."""
+    loaders = sys.modules.get("mealfast.loaders")
+    if getattr(loaders, "threads_are_blocked", bool)():
+        return True
+    until = time.monotonic() + _JOIN
+    waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    for thread in waited_for:
+        thread.join(max(0.0, until - time.monotonic()))
+    return any(thread.is_alive() for thread in waited_for)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -1,99 +1,117 @@
-"""`mealfast evaluate`: top-1 and top-5 of models on a tree of class folders, each alone and as an ensemble."""
+"""`mealfast evaluate`: top-1 and top-5 of models on a tree of class folders, each alone and as an ensemble.
+
+Shape legend: B images, H and W pixels, C classes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mealfast.cli.options import Parser
+from mealfast.cli.view_options import (
+    add_device_option,
+    add_view_options,
+    check_positive,
+    check_view_options,
+    eval_views,
+)
 from mealfast.errors import UsageError
-from mealfast.loaders import EvalViews, ImageIndex, eval_loader
-from mealfast.machine import processes as runtimes
-from mealfast.machine.precision import name_of, precision
-from mealfast.machine.processes import Runtime
-from mealfast.method.data import label_map
-from mealfast.models import normalised as models
-from mealfast.models.ensemble import FrozenEnsemble
-from mealfast.models.layout import default_layout
-from mealfast.training.scoring import Evaluation, evaluate
+from mealfast.machine.terminal import say
+from mealfast.machine.wording import counted
+
+if TYPE_CHECKING:  # torch and timm take seconds to import: not for --help and typing errors
+    import torch
+
+    from mealfast.loaders import ImageIndex
+    from mealfast.machine.processes import Runtime
+    from mealfast.training.scoring import Evaluation
+
+FIGURES = (".png", ".svg", ".pdf")
 
 
 def make_parser() -> Parser:
+    """The options of `mealfast evaluate`."""
     parser = Parser(
         prog="mealfast evaluate",
         usage="mealfast evaluate --data DIR --model SPEC [SPEC ...] [OPTIONS]",
-        description="Exact top-1 and top-5 of one or more models, each alone and as an ensemble (mean softmax). "
-        "By default the paper's evaluation: shorter side to int(256 / 224 * size), centre crop, bilinear.",
+        description="Measures the exact top-1 and top-5 accuracy of one or more models, each alone and as an ensemble "
+        "(the mean of their softmaxes). By default as the paper does: the shorter side is resized to "
+        "int(256 / 224 * size), bilinear, and the centre is cropped.",
     )
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="tree of class folders, or a folder that holds one as val/"
-    )
-    parser.add_argument(
-        "--model", required=True, nargs="+", metavar="SPEC", help="model specs; two or more make an ensemble"
-    )
-    views = parser.add_argument_group("views")
-    views.add_argument("--size", type=int, metavar="N", help="side of the crop, pixels (default: 224)")
-    views.add_argument(
-        "--crop-pct", type=float, metavar="P", help="shorter side is resized to floor(size / P) (default: the paper's)"
-    )
-    views.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize (default: bilinear)")
-    views.add_argument(
-        "--own-views", action="store_true",
-        help="each model's own size, crop and interpolation (timm's evaluation) wherever an option above does not say",
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="folder of class folders, or one that holds it as val/")
+    add("--model", required=True, nargs="+", metavar="SPEC", help="model specs; two or more make an ensemble")
+    add("--per-class", action="store_true", help="also print the accuracy of each class and what it is confused with")
+    add(
+        "--confusion", metavar="FILE",
+        help="draw the confusion matrix of the model, or of the ensemble, into FILE (.png, .svg or .pdf)",
     )  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add_view_options(parser)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--loader", choices=("dali", "pillow"), default="dali", help="decoder backend (default: dali)")
-    machine.add_argument("--loader-threads", type=int, metavar="N", help="decoding threads (default: all cores)")
-    machine.add_argument("--batch-size", type=int, default=64, metavar="N", help="per process (default: 64)")
-    machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(default: auto)")
-    machine.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="mixed precision (default: off)"
-    )
-    machine.add_argument("--compile", action="store_true", help="torch.compile the models")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    add = machine.add_argument
+    add("--loader", choices=("dali", "pillow"), default="dali", help="what decodes the images (default: dali)")
+    add("--loader-threads", type=int, metavar="N", help="decoding threads (default: one for each core)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images per batch and process (default: 64)")
+    add_device_option(machine)
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="mixed precision (default: off)")
+    add("--compile", action="store_true", help="compile the models with torch.compile")
     return parser
 
 
 def evaluate_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
-    for name in ("size", "batch_size", "loader_threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if options.crop_pct is not None and not 0.1 <= options.crop_pct <= 2:
-        raise UsageError(f"--crop-pct {options.crop_pct}: must be between 0.1 and 2")
+    check_positive(options, "batch_size", "loader_threads")
+    check_view_options(options)
+    _check_figure(options.confusion)
+
+    from mealfast.machine import processes as runtimes
+
     runtime = runtimes.start(options.device)
     try:
         result = run(options, runtime)
     finally:
         runtimes.stop()
     if runtime.is_main:
-        print(json.dumps(result) if options.json else _table(result))
+        print(json.dumps(result) if options.json else _text(result))
     return 0
 
 
-def run(options: Any, runtime: Runtime) -> dict[str, Any]:
-    """Scores the models that the options name; the content of `--json`."""
+def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """Scores the models that the options name, and draws what they ask for; the content of `--json`."""
+    import torch
+
+    from mealfast.cli.confusion import Confusion, Labelled, draw, output_names
+    from mealfast.loaders import eval_loader
+    from mealfast.machine.precision import name_of, precision
+    from mealfast.method.data import label_map, scan_images
+    from mealfast.models import normalised as models
+    from mealfast.models.ensemble import FrozenEnsemble
+    from mealfast.models.layout import default_layout
+    from mealfast.training.scoring import evaluate
+
     layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
-    with runtime.main_first():
-        index = _scan(options.data, options.loader_threads, runtime)
-    for spec in options.model:
-        if runtime.is_main and models.is_random(spec):
-            print(f"note: {spec} has random weights (no tag and no checkpoint)", file=sys.stderr)
+    index = scan_images(options.data, "val", runtime, options.loader_threads)
+    if (index.labels < 0).any():
+        raise UsageError(f"--data {options.data}: holds images outside class folders; put each in its class's folder")
+    for note in models.random_notes(options.model) if runtime.is_main else ():
+        say(note)
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
-    views = [_views(options, model) for model in loaded]
+    views = [eval_views(options, model) for model in loaded]
     for spec, model, view in zip(options.model, loaded, views, strict=True):
         models.probe(model, spec, view.size)
     classes = {model.num_classes for model in loaded}
     if len(classes) > 1:
         raise UsageError(f"--model: the models must have the same number of classes, not {sorted(classes)}")
-    index = index.relabel(label_map(index.classes, classes.pop(), index.root, f"--model {options.model[0]}"))
+    (num_classes,) = classes
+    mapping = label_map(index.classes, num_classes, index.root, f"--model {options.model[0]}")
+    index = index.relabel(mapping)
 
     # One loader a kind of view: models that see the same views share one, and one decoding.
     kinds = list(dict.fromkeys(views))
@@ -102,6 +120,7 @@ def run(options: Any, runtime: Runtime) -> dict[str, Any]:
     order = [number for kind in kinds for number, view in enumerate(views) if view == kind]
 
     def predict(*images: torch.Tensor) -> list[torch.Tensor]:
+        """uint8 [B, H, W, 3] of each kind -> logits [B, C] of each model."""
         logits = [one for ensemble, batch in zip(ensembles, images, strict=True) for one in ensemble(batch)]
         return [logits[order.index(number)] for number in range(len(loaded))]
 
@@ -112,40 +131,42 @@ def run(options: Any, runtime: Runtime) -> dict[str, Any]:
         )
         for kind in kinds
     ]  # fmt: skip
+    labelled = Labelled(loaders[0])
+    confusion = None
+    if options.per_class or options.confusion:
+        confusion = Confusion(len(loaded), num_classes, runtime.device, labelled)
     members = range(len(loaded)) if len(loaded) > 1 else ()
     try:
-        result = evaluate(
-            predict, len(loaded), loaders, runtime, ensemble=members,
-            pad_to=options.batch_size if options.compile else None,
+        found = evaluate(
+            predict, len(loaded), [labelled, *loaders[1:]], runtime, ensemble=members,
+            pad_to=options.batch_size if options.compile else None, on_batch=confusion,
         )  # fmt: skip
     finally:
         for loader in loaders:
             loader.close()
-    return _to_json(result, options.model, index)
+    result = _to_json(found, options.model, index)
+    if confusion is not None:
+        counts = confusion.counts(runtime)  # on every process
+        names = output_names(mapping, num_classes)
+        rows = [*result["models"], *([result["ensemble"]] if "ensemble" in result else [])]
+        for row, matrix in zip(rows, counts, strict=True):
+            row |= confusion.describe(matrix, names)
+        if options.confusion and runtime.is_main:
+            who = "the ensemble" if len(loaded) > 1 else options.model[0]
+            draw(counts[-1], names, who, Path(options.confusion))
+            result["figure"] = options.confusion
+    return result
 
 
-def _scan(data: str, workers: int | None, runtime: Runtime) -> ImageIndex:
-    folder = Path(data)
-    if not folder.is_dir():
-        raise UsageError(f"--data {data}: no such folder")
-    index = ImageIndex.scan(
-        folder / "val" if (folder / "val").is_dir() else folder,
-        workers=workers,
-        progress=runtime.is_main and sys.stderr.isatty(),
-    )
-    if (index.labels < 0).any():
-        raise UsageError(f"--data {data}: holds images outside class folders; put each in its class's folder")
-    return index
-
-
-def _views(options: Any, model: models.NormalizedModel) -> EvalViews:
-    own = models.evaluation_config(model) if options.own_views else {}
-    size = options.size or own.get("size", 224)
-    crop_pct = options.crop_pct or own.get("crop_pct")
-    interpolation = options.interpolation or own.get("interpolation", "bilinear")
-    if interpolation not in ("bilinear", "bicubic"):
-        interpolation = "bicubic"  # timm's "random" means either
-    return EvalViews.from_crop_pct(size, crop_pct, interpolation)
+def _check_figure(path: str | None) -> None:
+    if path is None:
+        return
+    if Path(path).suffix not in FIGURES:
+        raise UsageError(f"--confusion {path}: must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"--confusion {path}: no such folder")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--confusion needs matplotlib: pip install 'mealfast[demo]'")
 
 
 def _to_json(result: Evaluation, specs: list[str], index: ImageIndex) -> dict[str, Any]:
@@ -161,13 +182,19 @@ def _to_json(result: Evaluation, specs: list[str], index: ImageIndex) -> dict[st
     return found
 
 
-def _table(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any]) -> str:
     rows = [(row["model"], row) for row in result["models"]]
     if "ensemble" in result:
         rows.append(("ensemble", result["ensemble"]))
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}   top-1 %   top-5 %   images"]
     lines += [f"{name:{width}}  {row['top1']:8.2f}  {row['top5']:8.2f}  {row['images']:7,}" for name, row in rows]
+    if "classes" in rows[-1][1]:
+        from mealfast.cli.confusion import lines_of
+
+        lines += ["", *lines_of(*rows[-1])]
     if "quarantined" in result:
-        lines.append(f"{result['quarantined']} files could not be read and were left out: see `mealfast index`")
+        lines.append(f"unreadable, and left out (see `mealfast index`): {counted(result['quarantined'], 'file')}")
+    if "figure" in result:
+        lines.append(f"confusion matrix: {result['figure']}")
     return "\n".join(lines)

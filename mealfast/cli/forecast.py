@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 
 from mealfast.cli.options import Parser, add_recipe_options, recipe_from
+from mealfast.cli.view_options import check_positive
 from mealfast.errors import UsageError
 
 DESCRIPTION = """\
-Measures every stage of a training step with the recipe's own models, images and batch: decoding, each teacher, student,
-loss, optimiser, the whole step. Names the bottleneck and says how many hours the recipe takes, live and from a label
-cache. Takes the options of `mealfast train`; writes nothing. Under torchrun it measures all processes together."""
+Measures every stage of a training step with the recipe's own models, images and batch: decoding, each teacher, the
+student, the loss, the optimiser and the whole step. Names the bottleneck and predicts how many hours the recipe takes,
+with live teachers and from a label cache. It takes the options of `mealfast train` and writes nothing; under torchrun
+it measures all processes together."""
 
 
 def make_parser() -> Parser:
+    """The options of `mealfast forecast`."""
     parser = Parser(
         prog="mealfast forecast", usage="mealfast forecast --data DIR --recipe NAME [OPTIONS]", description=DESCRIPTION
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="measuring time of each stage (default: 5)"
+        "--seconds", type=float, default=5.0, metavar="S", help="seconds to measure each stage for (default: 5)"
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="also say the hours on N devices like this one")
+    parser.add_argument("--gpus", type=int, metavar="N", help="also predict the hours on N devices like this one")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     add_recipe_options(parser)
     return parser
@@ -33,8 +35,7 @@ def forecast_command(argv: list[str]) -> int:
     options = make_parser().parse_args(argv)
     if not 0 < options.seconds < 1e6:
         raise UsageError(f"--seconds {options.seconds}: must be more than 0")
-    if options.gpus is not None and options.gpus < 1:
-        raise UsageError(f"--gpus {options.gpus}: must be 1 or more")
+    check_positive(options, "gpus")
     recipe = dataclasses.replace(recipe_from(options), resume="never", max_steps=None)
 
     from mealfast.machine import processes as runtimes
@@ -60,5 +61,4 @@ def forecast_command(argv: list[str]) -> int:
             say(json.dumps(made.to_json()))
     finally:
         runtimes.stop()
-    sys.stdout.flush()
     return 0

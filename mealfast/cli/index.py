@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 
 from mealfast.cli.options import Parser
+from mealfast.cli.view_options import check_positive
 from mealfast.loaders import ImageIndex
+from mealfast.machine.terminal import is_terminal
+from mealfast.machine.wording import counted
 
 
 def make_parser() -> Parser:
+    """The options of `mealfast index`."""
     parser = Parser(
         prog="mealfast index",
         usage="mealfast index DIR [OPTIONS]",
-        description="Scans a tree of images (class = first folder), stores its index beside the data and says what it "
-        "holds: images, classes, sizes, and every file that cannot be read with the reason.",
+        description="Scans a folder of images, where the first folder of a path is the class, stores the index beside "
+        "the data and prints what it holds: images, classes, sizes, and each unreadable file with the reason.",
     )
-    parser.add_argument("folder", metavar="DIR", help="tree of class folders, or a folder with train/ and val/")
+    parser.add_argument("folder", metavar="DIR", help="folder of class folders, or one with train/ and val/")
     parser.add_argument(
-        "--decode", action="store_true", help="decode every image once, instead of reading headers only"
+        "--decode", action="store_true", help="decode every image once instead of reading only the headers"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="parallel readers (default: all cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="parallel readers (default: one for each core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     return parser
 
@@ -32,13 +36,12 @@ def make_parser() -> Parser:
 def index_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises DataError for a folder that is missing or has no usable image."""
     options = make_parser().parse_args(argv)
+    check_positive(options, "workers")
     root = Path(options.folder)
     parts = [name for name in ("train", "val") if (root / name).is_dir()]
+    bar = is_terminal(sys.stderr)
     found = [
-        describe(
-            ImageIndex.scan(root / name, workers=options.workers, progress=sys.stderr.isatty(), decode=options.decode),
-            name,
-        )
+        describe(ImageIndex.scan(root / name, workers=options.workers, progress=bar, decode=options.decode), name)
         for name in parts or [""]
     ]
     whole = together(found, str(root)) if parts else found[0]
@@ -78,12 +81,12 @@ def together(parts: list[dict[str, Any]], root: str) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> str:
     side = facts["shorter_side"]
     lines = [
-        f"{facts['root']}: {facts['images']:,} images of {facts['classes']:,} classes, shorter side {side['min']} to "
-        f"{side['max']} px (median {side['median']:.0f})"
+        f"{facts['root']}: {counted(facts['images'], 'image')} of {counted(facts['classes'], 'class')}, shorter side "
+        f"{side['min']} to {side['max']} px (median {side['median']:.0f})"
     ]
     if facts["unlabelled"]:
-        lines.append(f"  {facts['unlabelled']:,} images lie outside class folders: they have no label")
+        lines.append(f"  outside class folders, without a label: {counted(facts['unlabelled'], 'image')}")
     if facts["quarantined"]:
-        lines.append(f"  {len(facts['quarantined']):,} files cannot be read and are left out:")
+        lines.append(f"  unreadable, and left out: {counted(len(facts['quarantined']), 'file')}")
         lines += [f"    {entry['path']}: {entry['reason']}" for entry in facts["quarantined"]]
     return "\n".join(lines)

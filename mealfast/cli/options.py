@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import sys
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -13,22 +15,42 @@ from mealfast.recipe import RECIPES, Recipe, make_recipe
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (status 2), and whose help shows what a line's worth of text holds."""
+    """argparse whose errors are one line (status 2), and whose help is as wide as a line of text may be."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, prog: str, usage: str | None = None, description: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+            allow_abbrev=False,
+        )
+
+    def parse_args(  # type: ignore[override]  # argparse's overloads are for namespaces of other classes
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """The options in `args` (None: this process's). Says of one that does not exist which it may have meant."""
+        args = sys.argv[1:] if args is None else args
+        for text in args:
+            flag = text.partition("=")[0]
+            if flag == "--":
+                break
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
+                self.error(f"there is no option {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
+        """Ends the process with one line and status 2."""
         self.exit(2, f"mealfast: {message} (see {self.prog} --help)\n")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """`--recipe`, and one option for every field of `Recipe` (or for those named in `only`), in its groups."""
+    """Adds `--recipe`, and one option for every field of `Recipe` (or for those named in `only`), in its groups."""
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help=f"the paper's settings for a student: {', '.join(RECIPES)}; options override them",
+        help=f"named settings, which the options below override: {', '.join(RECIPES)} (default: none)",
     )
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(Recipe)
@@ -54,9 +76,12 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_option(group: Any, field: dataclasses.Field, hint: Any) -> None:
+def _add_option(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     flag = "--" + field.name.replace("_", "-")
-    help_text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
+    help_text = field.metadata["help"]
+    if "(default: " not in help_text and "(required" not in help_text:  # which says more than the bare value
+        help_text += f" (default: {_shown(field.default)})"
+    help_text = help_text.replace("%", "%%")
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text}
     kind = _plain(hint)
     if kind is bool:

@@ -72,7 +72,16 @@ def test_every_command_has_help(capfd, name):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["trian"], "trian: no such command"),
+        (["trian"], "trian: no such command; did you mean train?"),
+        (["labels", "bild"], "labels bild: no such command; did you mean build?"),
+        (["predict", "resnet18", "x.jpg"], "'resnet18': has no weights"),
+        (["predict", "resnet18.tv_in1k@w.pth", "x.jpg", "--top", "0"], "--top 0"),
+        (["evaluate", "--data", "x", "--model", "y", "--confusion", "c.bmp"], "--confusion c.bmp: must end in .png"),
+        (
+            ["evaluate", "--data", "x", "--model", "y", "--confusion", "no/c.png"],
+            "--confusion no/c.png: no such folder",
+        ),
+        (["index", "x", "--workers", "0"], "--workers 0"),
         (["train", "--no-such"], "--no-such"),
         (["train", "--size", "big"], "--size"),
         (["train", "--crop-scale", "0.5"], "--crop-scale"),

@@ -1,14 +1,19 @@
 """The demo in pieces: its trees of digits, its pipeline over a few steps, its figure and its table."""
 
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from mealfast.__main__ import dispatch
-from mealfast.cli import demo, demo_data
+from mealfast.cli import demo, demo_data, demo_runs
 from mealfast.cli.demo_data import FEW_LABELS, SIDE, TRAIN_IMAGES, write_digits
 from mealfast.cli.endings import run_command
 from mealfast.loaders import ImageIndex
@@ -63,7 +68,7 @@ def test_the_pipeline_over_a_few_steps(tmp_path, capfd, monkeypatch):
     def short(name, **changes):
         return make_recipe(name, **{**changes, "epochs": 1, "lr_decay_epochs": (), "eval_every": 0})
 
-    monkeypatch.setattr(demo, "make_recipe", short)
+    monkeypatch.setattr(demo_runs, "make_recipe", short)
     monkeypatch.setattr(demo, "write_digits", small_digits)
     threads = torch.get_num_threads()
     assert run_command(dispatch, ["demo", "--run-dir", str(tmp_path / "demo"), "--device", "cpu", "--json"]) == 0
@@ -82,8 +87,26 @@ def test_the_pipeline_over_a_few_steps(tmp_path, capfd, monkeypatch):
         assert json.loads((root / name / "summary.json").read_text())["final"]["top1"] == value
     start = json.loads((root / "start" / "summary.json").read_text())
     assert found["start"] == start["final"]["top1"], "distilling must begin where the start ended"
-    assert (root / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "digits.png"):
+        assert (root / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((root / "demo.json").read_text()) == found
     assert f"tensorboard --logdir {root}" in table
+    assert "?" not in table, "specs are shortened"
+    # The command that it ends with runs, and says of a seven what the distilled student says.
+    (line,) = [line for line in out if " predict " in line]
+    argv = shlex.split(line.partition("predict ")[2].replace("*.jpg", ""))
+    (image, *_) = sorted(Path(argv.pop()).glob("*.jpg"))
+    assert run_command(dispatch, ["predict", *argv, str(image), "--json", "--top", "10"]) == 0
+    (answer,) = json.loads(capfd.readouterr().out)["images"]
+    model = timm.create_model(
+        "test_efficientnet", num_classes=10, checkpoint_path=root / "distilled/student.safetensors"
+    )
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    pixels = (torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1) / 255 - mean) / std
+    expected = model.eval()(pixels[None]).softmax(dim=1)[0]
+    given = {one["class"]: one["probability"] for one in answer["classes"]}
+    assert [given[c] for c in range(10)] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
 
 
 def small_digits(root, seed):
@@ -97,3 +120,20 @@ def small_digits(root, seed):
         for path in (root / tree / "val").rglob("*.jpg"):
             if not any(path.name == one.name for one in kept):
                 path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("start", "distilled", "control", "says"),
+    [
+        (91.6, 98.8, 92.3, None),
+        (91.6, 95.59, 92.3, "gained 3.99 points"),
+        (91.6, 96.0, 96.0, "no more than the control"),
+    ],
+)
+def test_ci_refuses_a_demo_that_does_not_pay(tmp_path, start, distilled, control, says):
+    found = tmp_path / "demo.json"
+    found.write_text(json.dumps({"start": start, "distilled": distilled, "same_labels_longer": control}))
+    script = Path(__file__).parents[2] / ".ci" / "check_demo.py"
+    done = subprocess.run([sys.executable, script, found], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if says is None else 1)
+    assert (says or "") in done.stderr

@@ -130,8 +130,6 @@ def timms_predictions(photos, lite):
 
 def test_lite_models_on_photos_score_as_timm_scores_them(photos, lite, capfd, monkeypatch):
     """18, 18, 18 and together 19 of 20; and with Pillow every prediction is the one of timm's transform."""
-    import mealfast.cli.evaluate
-
     predictions = []
 
     def watched(predict, *arguments, **options):
@@ -140,7 +138,7 @@ def test_lite_models_on_photos_score_as_timm_scores_them(photos, lite, capfd, mo
 
         return evaluate(predict, *arguments, **{**options, "on_batch": kept})
 
-    monkeypatch.setattr(mealfast.cli.evaluate, "evaluate", watched)
+    monkeypatch.setattr("mealfast.training.scoring.evaluate", watched)
     specs = [f"{name}@{path}" for name, path in lite.items()]
     found = command(capfd, "--data", photos, "--model", *specs, "--own-views", "--loader", "pillow", "--batch-size", 7)
     ours = [np.concatenate(parts) for parts in zip(*predictions, strict=True)]
@@ -209,3 +207,47 @@ def test_the_table_for_people(tree, weights, capfd):
     assert header.split() == ["top-1", "%", "top-5", "%", "images"]
     assert row.split()[0] == spec
     assert row.split()[-1] == "11"
+
+
+def test_classes_and_what_they_are_confused_with(tree, weights, capfd, tmp_path):
+    """Counts of two models and their ensemble, against timm's predictions counted one by one."""
+    from torchvision import transforms
+
+    names = ("test_resnet", "test_vit")
+    specs = [f"{name}@{weights(name, number)}" for number, name in enumerate(names)]
+    figure = tmp_path / "confusion.svg"
+    options = ["--size", 32, "--loader", "pillow", "--batch-size", 4, "--per-class", "--confusion", figure]
+    found = command(capfd, "--data", tree, "--model", *specs, *options)
+    paths = sorted((tree / "val").glob("*/*.jpg"))
+    transform = transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32), transforms.ToTensor()])
+    images = torch.stack([transform(Image.open(path)) for path in paths])
+    probabilities = []
+    for number, name in enumerate(names):
+        size = {"img_size": 32} if "vit" in name else {}
+        model = timm.create_model(name, num_classes=3, checkpoint_path=str(weights(name, number)), **size).eval()
+        config = timm.data.resolve_model_data_config(model)
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+        with torch.inference_mode():
+            probabilities.append(model((images - mean) / std).double().softmax(dim=1))
+    classes = ("ant", "bee", "cat")
+    for row, p in zip([*found["models"], found["ensemble"]], [*probabilities, sum(probabilities)], strict=True):
+        pairs = [(path.parent.name, classes[guess]) for path, guess in zip(paths, p.argmax(dim=1), strict=True)]
+        for entry, name in zip(row["classes"], classes, strict=True):
+            own = [guess for label, guess in pairs if label == name]
+            assert (entry["name"], entry["images"]) == (name, len(own))
+            assert entry["top1"] == pytest.approx(100 * own.count(name) / len(own))
+        wrong = [pair for pair in pairs if pair[0] != pair[1]]
+        assert {(one["label"], one["guess"]): one["images"] for one in row["confused"]} == {
+            pair: wrong.count(pair) for pair in wrong
+        }
+        counts = [one["images"] for one in row["confused"]]
+        assert counts == sorted(counts, reverse=True)
+    drawn = figure.read_text()  # whose text is paths, with what they write as comments
+    assert all(f"<!-- {text} -->" in drawn for text in (*classes, "guess", "label", "the ensemble"))
+    status = run_command(
+        dispatch, ["evaluate", "--data", str(tree), "--model", *specs, *map(str, options[:-2]), "--device", "cpu"]
+    )
+    out = capfd.readouterr().out
+    assert status == 0
+    assert "ensemble, class by class, the worst first" in out
+    assert all(f"\n{name} " in out for name in classes)

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from mealfast.__main__ import dispatch
-from mealfast.cli.labels import _FLAVOURS
+from mealfast.cli.labels_import import _FLAVOURS
 from mealfast.errors import UsageError
 from mealfast.kernels import reference
 from mealfast.labels.fkd_files import FLAVOURS

@@ -378,7 +378,7 @@ def test_parallel_scan_finds_the_same(tmp_path):
 
 @pytest.fixture
 def fragile(tmp_path, monkeypatch):
-    """Probing processes that die at some names: of an abort at `bomb`, of as many SIGKILLs as its number says at `hit`."""
+    """Probing processes that die: of an abort at a `bomb`, of SIGKILL at a `hit`, as often as its number says."""
     script = tmp_path / "fragile.py"
     script.write_text(
         "import os, signal, sys\n"
