@@ -106,10 +106,7 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     views = [eval_views(options, model) for model in loaded]
     for spec, model, view in zip(options.model, loaded, views, strict=True):
         models.probe(model, spec, view.size)
-    classes = {model.num_classes for model in loaded}
-    if len(classes) > 1:
-        raise UsageError(f"--model: the models must have the same number of classes, not {sorted(classes)}")
-    (num_classes,) = classes
+    num_classes = models.check_classes(options.model, loaded, option="--model")
     mapping = label_map(index.classes, num_classes, index.root, f"--model {options.model[0]}")
     index = index.relabel(mapping)
 

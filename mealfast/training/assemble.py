@@ -67,7 +67,7 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
     )  # random weights; the student comes first, so that they do not depend on the teachers
     model = models.build(recipe.student, recipe.size)
     teachers = [models.build(spec, recipe.size) for spec in live_teachers]
-    models.check_classes(live_teachers, teachers, recipe.student, model.num_classes)
+    models.check_classes(live_teachers, teachers, (recipe.student, model.num_classes))
     digests = [models.digest(teacher) for teacher in teachers]
     models.check_distinct(live_teachers, digests)
     for one, spec in zip((model, *teachers), (recipe.student, *live_teachers), strict=True):

@@ -56,11 +56,7 @@ def stored_summary(path: Path) -> dict[str, Any]:
 def introduction(job: Job) -> list[str]:
     """The log's first lines: notes first, then what is trained on what, then how each teacher runs."""
     recipe, data = job.recipe, job.data
-    lines = [
-        f"note: {spec} has random weights (no tag and no checkpoint)"
-        for spec in (recipe.student, *job.live_teachers)
-        if models.is_random(spec)
-    ]
+    lines = models.random_notes((recipe.student, *job.live_teachers))
     lines += [
         f"note: {len(index.quarantined)} files below {index.root} cannot be read: see mealfast index {index.root}"
         for index in (data.train, data.val)
