@@ -210,7 +210,7 @@ def bare_dali(index, setting, args):
     pipe.build()
     stream = torch.cuda.current_stream() if gpu else None
     while True:
-        images = pipe.run(cuda_stream=stream)[0].as_tensor()
+        images = pipe.run(stream)[0].as_tensor()
         batch = torch.empty(images.shape(), dtype=torch.uint8, device=args.device)
         yield feed_ndarray(images, batch, cuda_stream=stream)
 
