@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "timm>=1.0.15",  # architectures and their preprocessing; brings torchvision, safetensors and Pillow
-        "nvidia-dali-cuda120>=2.0; platform_system == 'Linux'",  # JPEG decoding and cropping; runs without a GPU too
+        "nvidia-dali-cuda120>=2.4; platform_system == 'Linux'",  # JPEG decoding and cropping; runs without a GPU too
         "numpy>=1.26",
         "pillow>=10.0",  # the reference loader
         "safetensors>=0.4.3",  # the student that plain timm loads

@@ -178,6 +178,7 @@ def bare_dali(index, setting, args):
     import nvidia.dali.fn as fn
     import nvidia.dali.types as types
     from nvidia.dali import pipeline_def
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 
     gpu = args.device != "cpu"
 
@@ -207,9 +208,11 @@ def bare_dali(index, setting, args):
         seed=1,
     )
     pipe.build()
+    stream = torch.cuda.current_stream() if gpu else None
     while True:
-        images, _ = pipe.run()
-        yield torch.from_dlpack(images.as_tensor())
+        images = pipe.run(stream)[0].as_tensor()
+        batch = torch.empty(images.shape(), dtype=torch.uint8, device=args.device)
+        yield feed_ndarray(images, batch, cuda_stream=stream)
 
 
 def mealfast(backend):

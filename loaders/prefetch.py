@@ -163,7 +163,8 @@ class PrefetchLoader(ABC, Generic[Flight]):
             return batch
 
     def _forget(self, pending: deque[Flight]) -> None:
-        self._abandon(pending)
+        with nullcontext() if self._device.type != "cuda" else torch.cuda.device(self._device):
+            self._abandon(pending)
         pending.clear()
 
     def _awaited(self, pending: deque[Flight]) -> list[bytes]:

@@ -378,7 +378,7 @@ def test_parallel_scan_finds_the_same(tmp_path):
 
 @pytest.fixture
 def fragile(tmp_path, monkeypatch):
-    """Probing processes that die: of an abort at a `bomb`, of SIGKILL at a `hit`, as often as its number says."""
+    """Probing processes that die at certain names: `bomb` of an abort, `hit` of SIGKILL as often as its number says."""
     script = tmp_path / "fragile.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -443,7 +443,7 @@ def test_scanning_processes_end_with_the_program(tmp_path):
         "start = probe_pool.subprocess.Popen\n"
         "def recording(*a, **k):\n"
         "    process = start(*a, **k)\n"
-        "    print(process.pid, flush=True)\n"
+        "    print(f'{process.pid}\\n', end='', flush=True)\n"  # in one piece: two threads do
         "    return process\n"
         "probe_pool.subprocess.Popen = recording\n"
         "probe_pool.probe_all([b'x'] * 1000, decode=False, workers=1 + 1)\n"
