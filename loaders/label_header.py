@@ -112,11 +112,6 @@ def view_name(view: int) -> str:
     return f"view-{view:04}.bin"
 
 
-def forecast_bytes(images: int, views: int, top_k: int, classes: int) -> int:
-    """Bytes that the views of a cache take, header not counted."""
-    return images * views * top_k * (4 if classes <= 1 << 16 else 6)
-
-
 def plan_fields(plan: ViewPlan) -> dict[str, Any]:
     """A plan as the header has it."""
     return {name: value for name, value in plan.fingerprint().items() if name != "cycle"}

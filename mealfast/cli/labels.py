@@ -160,6 +160,7 @@ def _verify(argv: list[str]) -> int:
     if options.teachers and not options.data:
         raise UsageError("--teachers: give --data too, the images that they are to label")
     from mealfast.labels import verify as labels_verify
+    from mealfast.labels.fit import check_images
     from mealfast.loaders import LabelCache
     from mealfast.machine import processes as runtimes
     from mealfast.method.data import scan_images
@@ -171,7 +172,7 @@ def _verify(argv: list[str]) -> int:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
         runtime = runtimes.start("cpu", "off")
         index = scan_images(options.data, "train", runtime, options.loader_threads)
-        labels_verify.check_images(cache, index, options.data)
+        check_images(cache.header, index, f"label cache {options.cache}")
     elif options.data:
         header = cache.header
         recipe = _recipe(

@@ -12,7 +12,7 @@ import torch
 
 from mealfast.errors import RunError, UsageError
 from mealfast.labels.fit import check_fit
-from mealfast.labels.teachers import LabelTeachers, described
+from mealfast.labels.labelling import LabelTeachers, described
 from mealfast.labels.write_through import RecordingTargets, write_plan
 from mealfast.loaders import Batch, ViewPlan, train_loader
 from mealfast.machine import processes as runtimes

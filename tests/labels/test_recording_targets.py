@@ -8,7 +8,7 @@ import torch
 
 from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_topk
-from mealfast.labels.teachers import LabelTeachers, described
+from mealfast.labels.labelling import LabelTeachers, described
 from mealfast.labels.write_through import RecordingTargets, WritePlan
 from mealfast.loaders import Batch, DataError, ImageIndex, LabelCache, LabelWriter
 from mealfast.machine.processes import Runtime
