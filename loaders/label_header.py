@@ -175,7 +175,8 @@ def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str,
             yield name, a, b
     ours, theirs = ([teacher["digest"] for teacher in header.teachers] for header in (stored, wanted))
     if ours != theirs:
-        yield "teachers", *([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
+        there, here = ([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
+        yield "teachers", there, here
     for name in ("precision", "loader", "compiled"):
         if (a := stored.made_with.get(name)) != (b := wanted.made_with.get(name)):
             yield name, a, b

@@ -6,7 +6,7 @@ Shape legend: B images of a batch, H and W pixels, m images that a view lacks, K
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -72,13 +72,13 @@ class Labeller:
     batch_size: int  # that the teachers see at once
 
     def share(self, view: int, missing: range | np.ndarray) -> list[Planned]:
-        """This process's share of the batches of what a view lacks (integers [m]); one process makes the same batches."""
+        """This process's share of the batches of what a view lacks (integers [m]). One process makes the same ones."""
         firsts = range(0, len(missing), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
         if isinstance(missing, range):  # the whole view
             return [(view, first) for first in firsts]
         return [(view, missing[first : first + self.batch_size]) for first in firsts]
 
-    def __call__(self, batches: Sequence[Planned]) -> Iterator[Labelled]:
+    def __call__(self, batches: Sequence[Planned]) -> Generator[Labelled, None, None]:
         """The top k of batches, on the device. Raises DataError for a broken file: a stand-in's would be another's."""
         if not batches:
             return
