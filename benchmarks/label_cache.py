@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -101,17 +102,15 @@ def random_cache(folder: Path, index: ImageIndex, plan: ViewPlan, args: argparse
     header = CacheHeader(
         images=len(index), images_digest=index.images_digest, plan=plan_fields(plan), views=args.views,
         classes=args.classes, top_k=args.top_k, teachers=({"spec": "random", "digest": "0" * 64},),
-        made_with={"batch_size": 1024, "rows_per_part": 1024, "precision": "float32", "loader": args.loader},
+        made_with={"batch_size": 1024, "precision": "float32", "loader": args.loader},
     )  # fmt: skip
-    with claim_label_cache(folder, header):
-        writer = LabelWriter(folder)
-        for view, part in writer.todo:
-            first, last = writer.rows(part)
-            start = rng.integers(0, args.classes, last - first)
+    probabilities = np.tile(0.5 ** np.arange(1, args.top_k + 1), (len(index), 1))
+    with claim_label_cache(folder, header), closing(LabelWriter(folder)) as writer:
+        for view in writer.incomplete:
+            start = rng.integers(0, args.classes, len(index))
             ids = (start[:, None] + np.arange(args.top_k)) % args.classes
-            writer.write(view, part, ids, np.tile(0.5 ** np.arange(1, args.top_k + 1), (last - first, 1)))
-        writer.finish()
-        writer.close()
+            writer.add(view, np.arange(len(index)), ids, probabilities)
+            writer.complete(view)
     return LabelCache(folder)
 
 

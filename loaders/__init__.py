@@ -18,7 +18,7 @@ from .create import eval_loader, label_loader, train_loader
 from .explicit_views import ExplicitViews
 from .index import ImageIndex
 from .label_cache import LabelCache
-from .label_header import EXPLICIT, CacheHeader, forecast_bytes, plan_fields, read_header
+from .label_header import EXPLICIT, CacheHeader, plan_fields, read_header
 from .label_writer import Claim, LabelWriter, claim_label_cache, holds_label_cache
 from .packing import pack
 from .prefetch import LoaderStopped, LoaderTimeoutError, PrefetchLoader, threads_are_blocked
@@ -42,7 +42,6 @@ __all__ = [
     "ViewPlan",
     "claim_label_cache",
     "eval_loader",
-    "forecast_bytes",
     "holds_label_cache",
     "label_loader",
     "pack",

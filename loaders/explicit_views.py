@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .batch import DataError
@@ -22,7 +24,7 @@ class ExplicitViews(ViewPlan):
         super().__init__(widths, heights, seed=seed, size=size, interpolation=interpolation, cycle=cache.header.views)
         self._cache = cache
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self) -> dict[str, Any]:
         """What a label cache compares: its own boxes are right by themselves."""
         return {"law": EXPLICIT, "images": len(self), "cycle": self.cycle}
 

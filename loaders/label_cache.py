@@ -21,7 +21,7 @@ ROWS = 1 << 16  # that are looked at together, so that checking a view takes lit
 class LabelCache:
     """The complete views of a cache. A view is read, and its checksum checked, when it is used."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         """Opens `folder`. Raises DataError where it is no cache, or where a file of it is missing or cut short."""
         self.folder = Path(folder)
         self.header: CacheHeader = read_header(self.folder)
@@ -89,14 +89,14 @@ class LabelCache:
         try:
             rows = np.empty(self.header.images, self.header.row)
             with path.open("rb") as file:
-                if (size := file.readinto(rows.view(np.uint8))) != rows.nbytes:
+                if (size := file.readinto(rows.view(np.uint8).data)) != rows.nbytes:
                     raise DataError(f"{path}: holds {size} bytes, not {rows.nbytes}; copy it again, or build")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); copy or build it again") from None
         except MemoryError:
             raise DataError(f"{path}: a view of {self.header.bytes_per_view} bytes does not fit in memory") from None
         for block in blocks(rows):
-            sha.update(block)
+            sha.update(block.view(np.uint8).data)
             damaged = damaged or bad_rows(block, self.header.classes)
         if sha.hexdigest() != self._records[view].sha256:
             damaged = "its SHA-256 is not the header's"
@@ -123,7 +123,7 @@ def bad_rows(rows: np.ndarray, classes: int) -> str:
     """What is wrong with targets, [B] of `CacheHeader.row`; empty where nothing is."""
     if int(rows["ids"].max(initial=0)) >= classes or int(rows["ids"].min(initial=0)) < 0:
         return f"an id is not one of the {classes} classes"
-    if "flip" in rows.dtype.names and int(rows["flip"].max(initial=0)) > 1:
+    if "flip" in (rows.dtype.names or ()) and int(rows["flip"].max(initial=0)) > 1:
         return "a flip is neither 0 nor 1"
     # Of non-negative float16 numbers the order is that of their bits; a sign bit or a NaN makes them larger than one's.
     if (rows["probabilities"].copy().view("<u2") > np.float16(1).view(np.uint16)).any():

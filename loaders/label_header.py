@@ -112,11 +112,6 @@ def view_name(view: int) -> str:
     return f"view-{view:04}.bin"
 
 
-def forecast_bytes(images: int, views: int, top_k: int, classes: int) -> int:
-    """Bytes that the views of a cache take, header not counted."""
-    return images * views * top_k * (4 if classes <= 1 << 16 else 6)
-
-
 def plan_fields(plan: ViewPlan) -> dict[str, Any]:
     """A plan as the header has it."""
     return {name: value for name, value in plan.fingerprint().items() if name != "cycle"}
@@ -180,7 +175,8 @@ def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str,
             yield name, a, b
     ours, theirs = ([teacher["digest"] for teacher in header.teachers] for header in (stored, wanted))
     if ours != theirs:
-        yield "teachers", *([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
+        there, here = ([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
+        yield "teachers", there, here
     for name in ("precision", "loader", "compiled"):
         if (a := stored.made_with.get(name)) != (b := wanted.made_with.get(name)):
             yield name, a, b

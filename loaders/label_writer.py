@@ -139,8 +139,9 @@ class LabelWriter:
         def written() -> Iterator[np.ndarray]:
             with temporary.open("wb") as file:
                 for rows in gathered(self._folder, self.header, view):
-                    file.write(rows)
-                    sha.update(rows)
+                    data = rows.view(np.uint8).data
+                    file.write(data)
+                    sha.update(data)
                     yield from blocks(rows)
 
         if left := len(self.missing(view)):

@@ -47,6 +47,7 @@ def verify_command(argv: list[str]) -> int:
     if options.teachers and not options.data:
         raise UsageError("--teachers: give --data too, the images that they are to label")
     from mealfast.labels import verify as labels_verify
+    from mealfast.labels.fit import check_images
     from mealfast.loaders import LabelCache
     from mealfast.machine import processes as runtimes
     from mealfast.machine.precision import name_of, precision
@@ -58,7 +59,7 @@ def verify_command(argv: list[str]) -> int:
         if options.teachers:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
         index = scan_images(options.data, "train", runtimes.start("cpu"), options.loader_threads)
-        labels_verify.check_images(cache, index, options.data)
+        check_images(cache.header, index, f"label cache {options.cache}")
     elif options.data:
         header = cache.header
         recipe = cache_recipe(

@@ -18,8 +18,7 @@ import torch
 
 import mealfast
 from mealfast.errors import UsageError
-from mealfast.labels.labelling import Labeller, MissingBatches, Target, together
-from mealfast.labels.teachers import LabelTeachers, load_teachers
+from mealfast.labels.labelling import Labelled, Labeller, LabelTeachers, load_teachers, together
 from mealfast.loaders import (
     CacheHeader,
     Claim,
@@ -27,7 +26,6 @@ from mealfast.loaders import (
     LabelWriter,
     ViewPlan,
     claim_label_cache,
-    forecast_bytes,
     label_loader,
     plan_fields,
     read_header,
@@ -35,6 +33,7 @@ from mealfast.loaders import (
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.method.data import scan_images, view_plan
+from mealfast.models import tuning
 from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 from mealfast.record.console import Progress, size_text
@@ -51,30 +50,34 @@ def build(
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
     index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
-    loaded = load_teachers(recipe, runtime)
-    if top_k > loaded.classes:
-        raise UsageError(f"--top-k {top_k}: the teachers have {loaded.classes} classes; ask for as many or fewer")
+    models, described, classes = load_teachers(recipe, runtime)
+    if top_k > classes:
+        raise UsageError(f"--top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer")
     plan = view_plan(recipe, index, cycle=views)
     batch_size = min(batch_size, len(index))
-    teachers, reports = loaded.prepared(
-        recipe, runtime, _first_images(recipe, runtime, index, plan, batch_size), _earlier_layouts(out)
+    images = _first_images(recipe, runtime, index, plan, batch_size)
+    compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
+    earlier = _earlier_layouts(out)
+    ensemble, reports = tuning.prepare(
+        recipe, runtime, models, images, compile=compiled, earlier=earlier, specs=recipe.teachers
     )
     for report in reports if runtime.is_main else ():
         print(report, file=sys.stderr)
+    teachers = LabelTeachers(ensemble, described, classes, compiled, {**earlier, **tuning.layouts(reports)})
     header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
+    labeller = Labeller(recipe, runtime, index, plan, teachers, top_k, batch_size)
     with ExitStack() as stack:
         if runtime.is_main:
             _say_what_is_left(header, stack.enter_context(claim_label_cache(out, header)))
         runtime.barrier()
         writer = stack.enter_context(closing(LabelWriter(out, runtime.rank)))
-        missing = {view: writer.missing(view) for view in writer.incomplete}
+        batches = {view: labeller.share(view, writer.missing(view)) for view in writer.incomplete}
         runtime.barrier()  # all have read what there is before any adds to it
-        batches = MissingBatches(missing, batch_size, runtime)
-        labeller = Labeller(recipe, runtime, index, plan, teachers, top_k, batch_size)
-        progress = stack.enter_context(closing(_BuildProgress(runtime, len(batches), views, batch_size)))
-        targets = progress.counted(stack.enter_context(closing(labeller(batches))))
-        for view, count in batches.counts.items():
-            for made in together(targets, count):
+        everything = [batch for some in batches.values() for batch in some]
+        progress = stack.enter_context(closing(_BuildProgress(runtime, len(everything), views, batch_size)))
+        labelled = progress.counted(stack.enter_context(closing(labeller(everything))))  # one loader for all views
+        for view, some in batches.items():
+            for made in together(labelled, len(some)):
                 writer.add(view, *made)
                 writer.flush()
                 progress.say_where(view)
@@ -131,7 +134,7 @@ def cache_header(
 
 
 def _say_what_is_left(header: CacheHeader, claim: Claim) -> None:
-    total = forecast_bytes(header.images, header.views, header.top_k, header.classes)
+    total = header.views * header.bytes_per_view
     left = "" if claim.bytes_left == total else f", {size_text(claim.bytes_left)} of it left to write"
     if claim.note:
         print(claim.note, file=sys.stderr)
@@ -149,14 +152,14 @@ class _BuildProgress:
         self._progress = Progress(batches, 0, batch_size * runtime.world_size, enabled=runtime.is_main, unit="batch")
         self._views, self._began, self._said = views, time.perf_counter(), time.perf_counter()
 
-    def counted(self, targets: Iterable[Target]) -> Iterator[Target]:
+    def counted(self, labelled: Iterable[Labelled]) -> Iterator[Labelled]:
         """The same, counted; after the first batches it is said how long the rest takes."""
-        for target in targets:
+        for one in labelled:
             self._progress.advance()
             if self._progress.enabled and self._progress.step in (1, 4):
-                target[2].sum().item()  # waits for the device
+                one[2].sum().item()  # waits for the device
                 self._forecast()
-            yield target
+            yield one
 
     def _forecast(self) -> None:
         """The very first batch, which warms up, is left out."""

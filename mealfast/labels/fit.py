@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mealfast.errors import UsageError
-from mealfast.loaders import ImageIndex, LabelCache, ViewPlan, plan_fields
+from mealfast.loaders import CacheHeader, ImageIndex, LabelCache, ViewPlan, plan_fields
 from mealfast.machine.files import words
 from mealfast.models import normalised as models
 from mealfast.models.spec import parse
@@ -37,10 +37,7 @@ def require_cache(recipe: Recipe) -> None:
 def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageIndex, classes: int) -> None:
     """Raises UsageError at the first of images, views and classes in which the cache and this run differ."""
     header, what = cache.header, f"--label-cache {recipe.label_cache}"
-    if header.images != len(index):
-        raise UsageError(f"{what}: is of {header.images:,} images, but {index.root} holds {len(index):,}")
-    if header.images_digest != index.images_digest:
-        raise UsageError(f"{what}: is of other images (paths or file sizes) than {index.root} holds")
+    check_images(header, index, what)
     for name, value in plan_fields(plan).items():
         cached = header.plan.get(name)
         if cached != value:
@@ -51,6 +48,14 @@ def check_fit(cache: LabelCache, recipe: Recipe, plan: ViewPlan, index: ImageInd
             )
     if header.classes != classes:
         raise UsageError(f"{what}: is of {header.classes} classes, but --student {recipe.student} has {classes}")
+
+
+def check_images(header: CacheHeader, index: ImageIndex, what: str) -> None:
+    """Raises UsageError unless the cache that `what` names is of these images."""
+    if header.images != len(index):
+        raise UsageError(f"{what}: is of {header.images:,} images, but {index.root} holds {len(index):,}")
+    if header.images_digest != index.images_digest:
+        raise UsageError(f"{what}: is of other images (paths or file sizes) than {index.root} holds")
 
 
 def _check_teachers(cache: LabelCache, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ LARGEST_FILE = 1 << 26  # bytes; 500 crops of top 5 take 28 kB
 
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]  # whose module NumPy has renamed
 # What an array of numbers is pickled by. None of it runs code; an array of objects holds only what is allowed itself.
-_ARRAYS = [
+_ARRAYS: list[Any] = [
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
     np.ndarray,

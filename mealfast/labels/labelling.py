@@ -1,58 +1,62 @@
-"""Has teachers label what a label cache lacks, in batches that are dealt to the processes.
+"""Teachers that label planned views of images: what a label cache is made of, in batches dealt to the processes.
 
-Shape legend: B images of a batch, m images that a view lacks, k entries kept of each target.
+Shape legend: B images of a batch, H and W pixels, m images that a view lacks, K teachers, C classes, k entries kept.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import overload
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
-from mealfast.labels.teachers import LabelTeachers
+from mealfast.kernels import ensemble_topk
 from mealfast.loaders import ImageIndex, ViewPlan, label_loader
 from mealfast.machine.processes import Runtime
+from mealfast.models import normalised as models
+from mealfast.models.ensemble import padded
 from mealfast.recipe import Recipe
 
 TOGETHER = 16  # batches that go to disk together: what a kill can lose
 
-Target = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images int64 [B], ids int32 [B, k], probabilities [B, k]
+Planned = tuple[int, int | np.ndarray]  # a batch: its view, and its first image, or its images int64 [B]
+Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images int64 [B], ids int32, probabilities float32 [B, k]
 
 
-class MissingBatches(Sequence[tuple[int, np.ndarray]]):
-    """One process's batches (view, images int64 [B]) of what views lack, view by view, each made as it is asked for.
+@dataclass(frozen=True)
+class LabelTeachers:
+    """An ensemble ready to label, and what a cache's header says of it."""
 
-    The batches do not depend on the number of processes.
-    """
+    ensemble: Callable[[torch.Tensor], Sequence[torch.Tensor]]  # uint8 [B, H, W, 3] -> K logits [B, C], no autograd
+    described: tuple[dict[str, str], ...]  # {"spec", "digest"} each
+    classes: int
+    compiled: bool
+    layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # as `tuning.layouts` gives them
 
-    def __init__(self, missing: Mapping[int, range | np.ndarray], rows: int, runtime: Runtime) -> None:
-        """`missing`: view -> images [m], ascending; `rows` is B, of all batches of a view but its last."""
-        self._missing, self._rows = list(missing.items()), rows
-        self._rank, self._world_size = runtime.rank, runtime.world_size
-        numbers = (range(-(-len(images) // rows)) for images in missing.values())
-        shares = [len(batches[runtime.rank :: runtime.world_size]) for batches in numbers]
-        self.counts = dict(zip(missing, shares, strict=True))  # view -> how many batches
-        self._ends = list(accumulate(shares))
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+def load_teachers(
+    recipe: Recipe, runtime: Runtime
+) -> tuple[list[models.NormalizedModel], tuple[dict[str, str], ...], int]:
+    """The recipe's teachers on the CPU, as a header describes them, and their classes. Raises UsageError."""
+    torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
+    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
+    classes = models.check_classes(recipe.teachers, teachers)
+    for spec, teacher in zip(recipe.teachers, teachers, strict=True):
+        models.probe(teacher, spec, recipe.size)
+    digests = [models.digest(teacher) for teacher in teachers]
+    models.check_distinct(recipe.teachers, digests)
+    for note in models.random_notes(recipe.teachers) if runtime.is_main else ():
+        print(note, file=sys.stderr)
+    return teachers, described(recipe.teachers, digests), classes
 
-    @overload
-    def __getitem__(self, k: int) -> tuple[int, np.ndarray]: ...
-    @overload
-    def __getitem__(self, k: slice) -> Sequence[tuple[int, np.ndarray]]: ...
-    def __getitem__(self, k: int | slice) -> tuple[int, np.ndarray] | Sequence[tuple[int, np.ndarray]]:
-        if isinstance(k, slice):
-            return [self[one] for one in range(*k.indices(len(self)))]
-        place = bisect_right(self._ends, k)
-        view, images = self._missing[place]
-        batch = self._rank + (k - (self._ends[place - 1] if place else 0)) * self._world_size
-        return view, np.asarray(images[batch * self._rows : (batch + 1) * self._rows], np.int64)
+
+def described(specs: Sequence[str], digests: Sequence[str]) -> tuple[dict[str, str], ...]:
+    """Teachers as a cache's header has them."""
+    return tuple({"spec": spec, "digest": digest} for spec, digest in zip(specs, digests, strict=True))
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,15 @@ class Labeller:
     top_k: int
     batch_size: int  # that the teachers see at once
 
-    def __call__(self, batches: Sequence[tuple[int, np.ndarray]]) -> Iterator[Target]:
-        """The targets of batches (view, images int64 [B]), on the device. Raises DataError for a broken file: a
-        stand-in's target must not be taken for its."""
+    def share(self, view: int, missing: range | np.ndarray) -> list[Planned]:
+        """This process's share of the batches of what a view lacks (integers [m]). One process makes the same ones."""
+        firsts = range(0, len(missing), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
+        if isinstance(missing, range):  # the whole view
+            return [(view, first) for first in firsts]
+        return [(view, missing[first : first + self.batch_size]) for first in firsts]
+
+    def __call__(self, batches: Sequence[Planned]) -> Generator[Labelled, None, None]:
+        """The top k of batches, on the device. Raises DataError for a broken file: a stand-in's would be another's."""
         if not batches:
             return
         loader = label_loader(
@@ -79,14 +89,15 @@ class Labeller:
         pad_to = self.batch_size if self.teachers.compiled else None  # compiled models see one shape only
         try:
             for batch in loader:
-                yield (batch.indices, *self.teachers.top_k(batch.images, self.top_k, pad_to))
+                logits = self.teachers.ensemble(padded(batch.images, pad_to))
+                yield (batch.indices, *ensemble_topk([one[: len(batch.images)] for one in logits], self.top_k))
         finally:
             loader.close()
 
 
-def together(targets: Iterable[Target], count: int) -> Iterator[list[np.ndarray]]:
-    """Takes `count` batches' targets off `targets`; yields those of up to TOGETHER batches at a time, on the host."""
-    targets = iter(targets)
+def together(labelled: Iterable[Labelled], count: int) -> Iterator[list[np.ndarray]]:
+    """Takes `count` batches off `labelled`; yields the arrays of up to TOGETHER at a time, on the host."""
+    labelled = iter(labelled)
     for first in range(0, count, TOGETHER):
-        some = list(islice(targets, min(TOGETHER, count - first)))
+        some = list(islice(labelled, min(TOGETHER, count - first)))
         yield [torch.cat(part).cpu().numpy() for part in zip(*some, strict=True)]

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from mealfast.errors import UsageError
-from mealfast.labels.labelling import Labeller
-from mealfast.labels.teachers import LabelTeachers, load_teachers
+from mealfast.labels.fit import check_images
+from mealfast.labels.labelling import Labeller, LabelTeachers, load_teachers
 from mealfast.loaders import CacheHeader, ImageIndex, LabelCache
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.method.data import view_plan
-from mealfast.models.layout import is_layout
+from mealfast.models.ensemble import FrozenEnsemble
+from mealfast.models.layout import default_layout, is_layout
 from mealfast.recipe import Recipe
 
 # Mean total variation between stored and recomputed targets. The same machine gives what float16 rounds away, another
@@ -32,15 +33,6 @@ def check_files(cache: LabelCache) -> int:
     for record in cache.header.complete:
         cache.check(record.view)
     return len(cache.header.complete)
-
-
-def check_images(cache: LabelCache, index: ImageIndex, data: str) -> None:
-    """Raises UsageError unless the cache is of these images."""
-    header = cache.header
-    if len(index) != header.images:
-        raise UsageError(f"--data {data}: {len(index):,} images, but {cache.folder} was made of {header.images:,}")
-    if index.images_digest != header.images_digest:
-        raise UsageError(f"--data {data}: not the images (paths, sizes) that {cache.folder} was made of")
 
 
 def dtypes_of(header: CacheHeader, otherwise: str) -> list[str]:
@@ -64,24 +56,26 @@ def recompute(
     dtypes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Labels `batches` whole batches, spread over views and images, anew and compares them with the cache. `dtypes`
-    are what the teachers compute in, None: the runtime's precision.
+    are what the teachers compute in, None: what `--amp` says.
 
     Returns {"images", "mean_total_variation", "largest_total_variation"}. Raises UsageError: other images, other
     teachers, or targets that differ by more than rounding.
     """
-    check_images(cache, index, recipe.data)
-    header = cache.header
-    dtypes = dtypes or [name_of(precision(recipe.amp, runtime.device))] * len(recipe.teachers)
-    teachers = load_teachers(recipe, runtime).as_they_are(runtime, dtypes)
-    for given, known in zip(teachers.described, header.teachers, strict=False):
+    header, what = cache.header, f"label cache {cache.folder}"
+    check_images(header, index, what)
+    models, described, classes = load_teachers(recipe, runtime)
+    for given, known in zip(described, header.teachers, strict=False):
         if given["digest"] != known["digest"]:
             raise UsageError(
                 f"--teachers {given['spec']}: not the weights of {known['spec']} that {cache.folder} is of"
             )
-    if len(teachers.described) != len(header.teachers):
-        raise UsageError(
-            f"--teachers: {len(teachers.described)} models, but {cache.folder} is of {len(header.teachers)}"
-        )
+    if len(described) != len(header.teachers):
+        raise UsageError(f"--teachers: {len(described)} models, but {cache.folder} is of {len(header.teachers)}")
+    compiled = recipe.compile is True
+    dtypes = dtypes or [name_of(precision(recipe.amp, runtime.device))] * len(models)
+    layouts = [default_layout(one, compiled) for one in dtypes]
+    ensemble = FrozenEnsemble(models, runtime, compile=compiled, layouts=layouts)
+    teachers = LabelTeachers(ensemble, described, classes, compiled)
     differences = np.concatenate(_differences(cache, recipe, runtime, index, teachers, batches))
     result = {
         "images": len(differences),
@@ -90,7 +84,7 @@ def recompute(
     }
     if result["mean_total_variation"] > TOLERANCE:
         raise UsageError(
-            f"label cache {cache.folder}: {len(differences)} recomputed targets differ by {differences.mean():.3f} "
+            f"{what}: {len(differences)} recomputed targets differ by {differences.mean():.3f} "
             f"(mean total variation; at most {TOLERANCE} is rounding): build it again"
         )
     return result

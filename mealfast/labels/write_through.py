@@ -24,8 +24,7 @@ from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_topk
 from mealfast.labels.build import cache_header
 from mealfast.labels.fit import require_cache
-from mealfast.labels.labelling import Labeller, MissingBatches, together
-from mealfast.labels.teachers import LabelTeachers
+from mealfast.labels.labelling import Labeller, LabelTeachers, together
 from mealfast.loaders import (
     Batch,
     DataError,
@@ -34,7 +33,6 @@ from mealfast.loaders import (
     LabelWriter,
     ViewPlan,
     claim_label_cache,
-    forecast_bytes,
     holds_label_cache,
     read_header,
 )
@@ -263,9 +261,9 @@ class RecordingTargets:
 
     def _label(self, view: int, missing: range | np.ndarray) -> str:
         """Has the teachers label this process's share of images [m]; why they could not, where a file is broken."""
-        batches = MissingBatches({view: missing}, self._labeller.batch_size, self._runtime)
-        with closing(self._labeller(batches)) as targets:
-            made = together(targets, len(batches))
+        batches = self._labeller.share(view, missing)
+        with closing(self._labeller(batches)) as labelled:
+            made = together(labelled, len(batches))
             while True:
                 try:
                     some = next(made, None)
@@ -280,7 +278,7 @@ class RecordingTargets:
     def introduction(self) -> list[str]:
         """What this run does with its cache, for its log."""
         plan, header = self._plan, self.header
-        size = forecast_bytes(header.images, plan.views, header.top_k, header.classes)
+        size = plan.views * header.bytes_per_view
         return [
             *([self._note] if self._note else []),
             f"label cache {self._recipe.label_cache}: {len(self.cache.header.complete)} of {plan.views} views "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mealfast.labels.teachers import LabelTeachers, described
+from mealfast.labels.labelling import LabelTeachers, described
 from mealfast.labels.write_through import RecordingTargets
 from mealfast.models import tuning
 from mealfast.record.checkpoint_writer import CheckpointWriter

@@ -177,7 +177,7 @@ def test_verify_refuses_other_teachers_and_images(built, tree, weights, tmp_path
     other = f"test_resnet@{weights('test_resnet', 9)}"
     with pytest.raises(UsageError, match=r"--teachers test_resnet@.* not the weights of test_resnet@"):
         dispatch([*base, "--data", str(tree), "--teachers", other, other.replace("-9-", "-2-")])
-    with pytest.raises(UsageError, match=r"--data .*val: 11 images, but .* was made of 25"):
+    with pytest.raises(UsageError, match=r"label cache .*: is of 25 images, but .*val holds 11"):
         dispatch([*base, "--data", str(tree / "val")])
     with pytest.raises(UsageError, match="give --data too"):
         dispatch([*base, "--teachers", other])

@@ -24,7 +24,6 @@ from mealfast.loaders import (
     LabelWriter,
     ViewPlan,
     claim_label_cache,
-    forecast_bytes,
     plan_fields,
 )
 
@@ -122,11 +121,11 @@ def test_bytes(finished, tmp_path):
     for view in range(V):
         assert (finished / f"view-{view:04}.bin").stat().st_size == 4 * K * N
     assert make_header(top_k=10).row.itemsize == 40
-    assert forecast_bytes(1_281_167, 180, 10, 1000) == 9_224_402_400
+    assert 180 * make_header(images=1_281_167, classes=1000, top_k=10).bytes_per_view == 9_224_402_400
     many = make_header(classes=70_000, views=1)
     write(tmp_path / "many", many)
     assert LabelCache(tmp_path / "many").view(0)["ids"].dtype == np.int32
-    assert (tmp_path / "many" / "view-0000.bin").stat().st_size == 6 * K * N == forecast_bytes(N, 1, K, 70_000)
+    assert (tmp_path / "many" / "view-0000.bin").stat().st_size == 6 * K * N == many.bytes_per_view
 
 
 def test_means_of_a_view(finished):
