@@ -23,12 +23,12 @@ endif
 # `build` goes first: what an earlier install left there, files since removed among it, would go into this one.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=64" wheel
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check -c constraints.txt "setuptools>=64" wheel
 	$(BIN)/python -m pip uninstall --quiet --yes mealfast
 	rm -rf build
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-build-isolation -c constraints.txt \
 		$(patsubst %.,%.[demo$(comma)test],$(INSTALL))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
 	rm -f $(VENV)/installed-*
 	touch $@
 

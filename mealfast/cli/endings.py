@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from mealfast.cli.signals import PATIENCE, Interrupted, interruptible
+from mealfast.cli.signals import Interrupted, interruptible
 from mealfast.cli.streams import flush_streams, secure_streams
 from mealfast.errors import RunError, UsageError
 from mealfast.machine.terminal import say
@@ -35,13 +35,10 @@ def main(command: Command) -> NoReturn:
     if lost and status == 0:
         say(f"mealfast: {lost}")
         status = 1
-    # Without the orderly end, which can wait for the other processes, or for a thread that a dead disk holds.
-    if _hangs() or (status != 0 and _processes() > 1):
+    # Without the interpreter's own end, which takes seconds after a signal, and which can wait for the other processes
+    # or for a thread that a dead disk holds.
+    if status > 128 or (status != 0 and _processes() > 1) or _hangs():
         os._exit(status)
-    if status > 128:
-        last_resort = threading.Timer(PATIENCE, os._exit, (status,))
-        last_resort.daemon = True
-        last_resort.start()
     sys.exit(status)
 
 
