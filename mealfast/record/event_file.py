@@ -46,7 +46,8 @@ class Board:
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """Of a tensor on the CPU, of any shape; one that is not finite has none."""
         if torch.isfinite(values).all():
-            self._add(step=step, summary=summary.histogram(name, values.numpy(), _BINS))
+            within = np.clip(values.numpy(), _BINS[0], _BINS[-1])  # with none there torch refuses to make one
+            self._add(step=step, summary=summary.histogram(name, within, _BINS))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """uint8 [H, W, 3]."""

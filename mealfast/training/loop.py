@@ -269,6 +269,7 @@ class Loop:
             self.step.undo()
             if self.step.taken == self.where.step:  # taken, and then the error came before it was counted
                 self.count_step()
+                self.log_if_due(time.perf_counter(), 0.0)
             if self.where.step > self.outputs.saved:
                 self.write_checkpoint()  # targets that a label cache did not take are made again
             if self.outputs.checkpoints:

@@ -118,6 +118,7 @@ def take_up(found: Found, job: Job) -> tuple[Where, list[str]]:
             f"{epochs}; use --epochs {epochs}, or another --run-dir"
         )
     restore(state, job, found.what)
+    job.optimiser.set_lr(max(state["step"] - 1, 0))  # of the step taken last, should no other come
     where = Where(state["step"], state.get("bad_in_a_row", 0), Scores.of(state["scores"]))
     return where, [*_extended(job, where), *notes(state, job.runtime)]
 

@@ -54,7 +54,7 @@ def recipes(fields, weights, tmp_path_factory) -> dict[str, dict]:
         "student": f"test_vit@{weights('test_vit', 9)}", "teachers": fields["teachers"][:1], "log_every": 1,
         "hard_label_weight": 0.2,
     }  # fmt: skip
-    named = {"whole": everything, "stopped": everything, "exact": exact, "one": exact}
+    named = {"whole": everything, "stopped": everything, "failed": everything, "exact": exact, "one": exact}
     return {name: {**one, "run_dir": str(root / name)} for name, one in named.items()}
 
 
@@ -66,6 +66,8 @@ def ran(recipes, tmp_path_factory) -> dict[str, dict]:
         recipes["stopped"] | {"max_steps": 3},
         recipes["stopped"] | {"max_steps": 4},
         recipes["stopped"],
+        recipes["failed"] | {"fails": [1, 6]},
+        recipes["failed"],
         recipes["exact"],
     ]
     path = tmp_path_factory.mktemp("work") / "recipes.json"
@@ -82,6 +84,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(ran):
     states = [process["rng"]["cpu"] for process in last(ran["whole"]["run_dir"])["processes"]]
     assert len(states) == 2
     assert not torch.equal(*states), "dropout must differ between processes"
+
+
+def test_a_process_that_cannot_read_costs_no_finished_step(ran):
+    """Rank 1 lacks the batch of step 6, and the checkpoint every 1000 steps is far: both stop after step 5, in time."""
+    folder = Path(ran["failed"]["run_dir"])
+    assert json.loads((folder / "failed.json").read_text()) == {"step": 6, "processes": 2, "error": "no seventh batch"}
+    assert_same_run(folder, ran["whole"]["run_dir"])
 
 
 def test_two_processes_share_the_batches_of_one(ran):

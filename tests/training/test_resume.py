@@ -138,9 +138,9 @@ def test_a_finished_run_is_left_as_it_is(everything, tmp_path):
     [
         ({"lr": 0.01}, "--lr 0.05, not 0.01"),
         ({"seed": 7}, "--seed 0, not 7"),
-        ({"epochs": 4}, "--epochs 3, not 4"),
+        ({"epochs": 2}, "--epochs 3, not 2: a run can be given more epochs, not fewer"),
         ({"cutmix": True}, "--cutmix False, not True"),
-        ({"log_every": 3}, "--log-every 2, not 3"),
+        ({"hard_label_weight": 0.5}, "--hard-label-weight 0.0, not 0.5"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -148,7 +148,8 @@ def test_other_options_in_a_used_run_directory_are_refused(options, tmp_path, ch
     recipe = make_recipe(**options)
     directory = RunDirectory(recipe.run_dir)
     directory.claim({"recipe": recipe.to_json()})
-    directory.check(make_recipe(**options, max_steps=4, keep=3, checkpoint_every=5))
+    changes = {"max_steps": 4, "keep": 3, "checkpoint_every": 5, "epochs": 4, "log_every": 3, "eval_every": 2}
+    directory.check(make_recipe(**{**options, **changes}))
     before = directory.config.read_bytes()
     with pytest.raises(UsageError) as caught:
         train(make_recipe(**{**options, **changes}))
@@ -156,6 +157,49 @@ def test_other_options_in_a_used_run_directory_are_refused(options, tmp_path, ch
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert directory.config.read_bytes() == before
+
+
+@pytest.mark.parametrize("stop", [None, 10], ids=["at its end", "in the middle"])
+def test_an_extended_run_is_the_run_that_was_planned_so_long(everything, tmp_path, stop):
+    """Five epochs and then eight; the last step of the five is logged and evaluated out of turn."""
+    fields = everything | {"teachers": everything["teachers"][:1], "lr_decay_epochs": (2, 6), "eval_every": 4}
+    if stop is None:  # else the end of the five would give the best score of the eight
+        fields |= {"eval_every": 1}
+    run(fields, tmp_path / "planned", epochs=8)
+    run(fields, tmp_path / "extended", epochs=5, max_steps=stop)
+    summary = run(fields, tmp_path / "extended", epochs=8)
+    assert (summary["finished"], summary["steps"]) == (True, 24)
+    assert_same_run(tmp_path / "extended", tmp_path / "planned")
+
+
+def test_a_run_takes_up_another_rhythm_and_keeps_what_was_done(everything, tmp_path):
+    """Three stretches: a line every 2 steps and an evaluation every epoch; 3 and none; 1 and none."""
+    fields = everything | {"teachers": everything["teachers"][:1], "epochs": 5}
+    run(fields, tmp_path / "run", max_steps=6)
+    run(fields, tmp_path / "run", max_steps=11, log_every=3, eval_every=0)
+    run(fields, tmp_path / "run", log_every=1, eval_every=0)
+    found = {
+        kind: [line["step"] for line in lines(tmp_path / "run") if line["kind"] == kind] for kind in ("train", "eval")
+    }
+    assert found == {"train": [1, 3, 5, 8, 11, 12, 13, 14], "eval": [0, 3, 6, 15]}
+    run(fields, tmp_path / "whole")
+    assert differences(last(tmp_path / "run")["student"], last(tmp_path / "whole")["student"]) == []
+
+
+def test_a_best_score_at_the_end_that_was_planned_is_kept_with_a_note(everything, tmp_path, capsys):
+    """A run of four epochs would not have evaluated after the third: its score stays, and so does its line."""
+    fields = everything | {"teachers": everything["teachers"][:1], "eval_every": 4, "keep": 1}
+    run(fields, tmp_path / "run")
+    state = last(tmp_path / "run")
+    state["scores"]["best"] = {**state["scores"]["latest"], "top1": 101.0}
+    (path,) = checkpoint.candidates(tmp_path / "run" / "checkpoints")
+    path.unlink()
+    checkpoint.save(tmp_path / "run" / "checkpoints", TOTAL, state, keep=1)
+    capsys.readouterr()
+    summary = run(fields, tmp_path / "run", epochs=4)
+    assert "note: the evaluation after 9 steps" in capsys.readouterr().err
+    assert summary["best"]["step"] == TOTAL
+    assert [line["step"] for line in lines(tmp_path / "run") if line["kind"] == "eval"] == [0, 9, 12]
 
 
 def test_other_images_or_teachers_under_the_same_names_are_refused(options, weights, tree, tmp_path):
