@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mealfast.machine.cuda_graphs import on_side_stream
-from mealfast.machine.precision import autocast, has_amx, name_of, precision
+from mealfast.machine.precision import autocast, name_of
 from mealfast.machine.processes import Runtime
 from mealfast.method.discriminator import Discriminator
 from mealfast.method.inputs import Inputs
 from mealfast.method.objective import Objective
 from mealfast.method.targets import Target
-from mealfast.models.normalised import NormalizedModel
+from mealfast.models.normalised import NormalizedModel, precision_of
 from mealfast.recipe import Recipe
 
 
@@ -51,7 +51,7 @@ class Student:
         mode = recipe.discriminator_mode
         discriminator = None if mode == "off" else Discriminator(model.num_classes, mode)
         objective = Objective(recipe.hard_label_weight, discriminator)
-        self._trained = _Trained(model, objective, student_precision(recipe.amp, runtime.device, model))
+        self._trained = _Trained(model, objective, precision_of(model, recipe.amp, runtime.device))
         self._trained.to(runtime.device, memory_format=torch.channels_last).train()
         if compile:
             model.compile(dynamic=False)  # in place: the state dict keeps timm's keys
@@ -111,16 +111,6 @@ class Student:
     def statistics(self) -> list[torch.Tensor]:
         """BatchNorm's running statistics: all that a forward pass in training mode changes and evaluation reads."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-
-
-def student_precision(amp: str, device: torch.device, model: nn.Module) -> torch.dtype:
-    """What `--amp` means for a student. Raises UsageError."""
-    # On a CPU with AVX512-BF16 alone bf16 is twice as fast as float32 for ResNets, and half to three quarters as fast
-    # for MobileNets and EfficientNets.
-    depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in model.modules())
-    if amp == "auto" and device.type == "cpu" and depthwise and not has_amx():
-        return torch.float32
-    return precision(amp, device)
 
 
 def _distributed(trained: _Trained, recipe: Recipe, runtime: Runtime) -> nn.Module:
