@@ -13,10 +13,12 @@ from mealfast.cli.options import Parser
 from mealfast.errors import UsageError
 from mealfast.loaders import EvalViews, ImageIndex, eval_loader
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.method.data import label_map
 from mealfast.models import normalised as models
 from mealfast.models.ensemble import FrozenEnsemble
+from mealfast.models.layout import default_layout
 from mealfast.training.scoring import Evaluation, evaluate
 
 
@@ -65,7 +67,7 @@ def evaluate_command(argv: list[str]) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if options.crop_pct is not None and not 0.1 <= options.crop_pct <= 2:
         raise UsageError(f"--crop-pct {options.crop_pct}: must be between 0.1 and 2")
-    runtime = runtimes.start(options.device, options.amp)
+    runtime = runtimes.start(options.device)
     try:
         result = run(options, runtime)
     finally:
@@ -77,6 +79,7 @@ def evaluate_command(argv: list[str]) -> int:
 
 def run(options: Any, runtime: Runtime) -> dict[str, Any]:
     """Scores the models that the options name; the content of `--json`."""
+    layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
     with runtime.main_first():
         index = _scan(options.data, options.loader_threads, runtime)
     for spec in options.model:
@@ -94,10 +97,8 @@ def run(options: Any, runtime: Runtime) -> dict[str, Any]:
 
     # One loader a kind of view: models that see the same views share one, and one decoding.
     kinds = list(dict.fromkeys(views))
-    ensembles = [
-        FrozenEnsemble([m for m, v in zip(loaded, views, strict=True) if v == kind], runtime, compile=options.compile)
-        for kind in kinds
-    ]
+    seen = [[model for model, view in zip(loaded, views, strict=True) if view == kind] for kind in kinds]
+    ensembles = [FrozenEnsemble(some, runtime, compile=options.compile, layouts=[layout] * len(some)) for some in seen]
     order = [number for kind in kinds for number, view in enumerate(views) if view == kind]
 
     def predict(*images: torch.Tensor) -> list[torch.Tensor]:

@@ -115,7 +115,7 @@ def _build(argv: list[str]) -> int:
     from mealfast.labels.build import build
     from mealfast.machine import processes as runtimes  # torch and timm take seconds to import: not for --help
 
-    runtime = runtimes.start(recipe.device, recipe.amp)
+    runtime = runtimes.start(recipe.device)
     try:
         header = build(
             recipe, runtime, Path(options.out), views=options.views, top_k=options.top_k, batch_size=options.batch_size
@@ -136,7 +136,7 @@ def _import_fkd(argv: list[str]) -> int:
     from mealfast.labels.fkd_import import import_fkd
     from mealfast.machine import processes as runtimes
 
-    index = training_images(options.data, runtimes.start("cpu", "off"), options.loader_threads)
+    index = training_images(options.data, runtimes.start("cpu"), options.loader_threads)
     header = import_fkd(
         Path(options.labels), index, Path(options.out), views=options.views, flavour=options.label_type,
         classes=options.classes,
@@ -163,13 +163,14 @@ def _verify(argv: list[str]) -> int:
     from mealfast.labels.build import training_images
     from mealfast.loaders import LabelCache
     from mealfast.machine import processes as runtimes
+    from mealfast.machine.precision import name_of, precision
 
     cache = LabelCache(options.cache)
     result: dict[str, Any] = {"views": cache.header.views, "checked": labels_verify.check_files(cache)}
     if options.data and cache.header.explicit:
         if options.teachers:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
-        runtime = runtimes.start("cpu", "off")
+        runtime = runtimes.start("cpu")
         labels_verify.check_images(cache, training_images(options.data, runtime, options.loader_threads), options.data)
     elif options.data:
         header = cache.header
@@ -186,10 +187,11 @@ def _verify(argv: list[str]) -> int:
                 "compile": header.made_with.get("compiled") is True,
             },
         )
-        runtime = runtimes.start(recipe.device, recipe.amp)
+        runtime = runtimes.start(recipe.device)
         try:
             index = training_images(recipe.data, runtime, recipe.loader_threads)
-            dtypes = None if options.amp else labels_verify.dtypes_of(header, runtime.precision)
+            dtype = name_of(precision(recipe.amp, runtime.device))
+            dtypes = None if options.amp else labels_verify.dtypes_of(header, dtype)
             result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample, dtypes)
         finally:
             runtimes.stop()

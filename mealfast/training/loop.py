@@ -18,6 +18,7 @@ from mealfast.machine import lock
 from mealfast.machine import processes as runtimes
 from mealfast.machine.files import write_json
 from mealfast.machine.processes import Runtime
+from mealfast.machine.stop_signal import Agreement, StopSignal
 from mealfast.measure import forecast
 from mealfast.method import data as splits
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
@@ -36,7 +37,6 @@ from mealfast.training.bad_steps import BadSteps
 from mealfast.training.finish import finish
 from mealfast.training.job import assemble
 from mealfast.training.step import TrainStep
-from mealfast.training.stop_signal import StopSignal
 from mealfast.training.validation import Validation
 
 
@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     with lock.hold(recipe.run_dir):
         run_directory = RunDirectory(recipe.run_dir)
         run_directory.check(recipe)
-        runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
+        runtime = runtimes.start(recipe.device, timeout=recipe.collective_timeout)
         summary = Run(recipe, runtime, run_directory).train()
         # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
         runtimes.stop()
@@ -119,7 +119,7 @@ class Run:
             self.writer = CheckpointWriter(
                 self.directory.checkpoints, recipe.keep, self.progress.say, before=self.telemetry.sync
             )
-        self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
+        self.began, self.stop_signal, self.agreed = time.perf_counter(), StopSignal().__enter__(), Agreement(runtime)
         loader = None
         try:
             introduction = run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch)
@@ -162,7 +162,7 @@ class Run:
             self.step += 1
             self.bad_steps.note(self.train_step.skipped)
             self._log_if_due(began, waited)
-            stopping = self.stop_signal.agreed() or self.bad_steps.too_many
+            stopping = bool(self.agreed(self.stop_signal.asked)) or self.bad_steps.too_many
             evaluating = self._evaluates_at(self.step) or self.step == self.last_step
             if evaluating:
                 self._evaluate()
@@ -394,7 +394,7 @@ class Run:
 
     def _close(self, loader: Any, error: BaseException | None = None) -> None:
         """Leaves no thread, handler or half-written file behind, whatever ended the run."""
-        self.stop_signal.restore()
+        self.stop_signal.__exit__()
         if self.writer and isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: at once
             self.writer.abandon(2.0)
         if loader is not None:
