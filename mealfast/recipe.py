@@ -128,10 +128,12 @@ class Recipe:
         "replay the teachers, or the whole step, as one CUDA graph; by default ensemble on GPUs",
         choices=("off", "ensemble", "step"),
     )
-    tune_teachers: bool = option(
+    tune_teachers: bool | str = option(
         True,
         "machine",
-        "measure which memory format and dtype suit each teacher on this device (once; remembered); off: channels-last",
+        "measure which memory format suits each teacher on this device, once; again: forget what is remembered; off: "
+        "channels-last",
+        word="again",
     )
 
     # Run
@@ -174,6 +176,7 @@ class Recipe:
         for name in ("lr", "lr_decay", "momentum", "weight_decay", "discriminator_lr"):
             value = getattr(self, name)
             self._refuse(value is not None and not (math.isfinite(value) and value >= 0), name, "must be 0 or more")
+        self._refuse(self.tune_teachers not in (True, False, "again"), "tune_teachers", "must be on, off or again")
         self._refuse(self.momentum >= 1, "momentum", "must be below 1")
         for name in ("flip", "hard_label_weight"):
             self._refuse(not 0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")

@@ -59,6 +59,11 @@ def _add_option(group: Any, field: dataclasses.Field, hint: Any) -> None:
     help_text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text}
     kind = _plain(hint)
+    if word := field.metadata.get("word"):  # a switch that takes one word too
+        group.add_argument(flag, nargs="?", const=True, choices=(word,), metavar=word, **settings)
+        settings |= {"action": "store_false", "help": argparse.SUPPRESS}
+        group.add_argument(flag.replace("--", "--no-", 1), **settings)
+        return
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return

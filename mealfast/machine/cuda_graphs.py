@@ -33,6 +33,7 @@ class CapturedForward:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the inputs that it takes."""
         return self._input.shape
 
     def __call__(self, tensor: torch.Tensor) -> Any:

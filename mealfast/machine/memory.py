@@ -24,6 +24,7 @@ class Peak:
             self.before = _status("VmRSS") or 0
 
     def bytes(self) -> int:
+        """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -34,10 +35,8 @@ def capacity(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    with suppress(OSError, ValueError):
-        available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-        return available + (_status("VmRSS") or 0)
-    return None
+    available = _kibibytes("/proc/meminfo", "MemAvailable")
+    return None if available is None else available + (_status("VmRSS") or 0)
 
 
 def largest_batch(peak: int, fixed: int, batch: int, capacity: int) -> int | None:
@@ -50,6 +49,12 @@ def largest_batch(peak: int, fixed: int, batch: int, capacity: int) -> int | Non
 
 
 def _status(name: str) -> int | None:
-    with suppress(OSError, TypeError):
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return _kibibytes("/proc/self/status", name)
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    """Bytes behind a name in one of Linux's tables; None where there is none."""
+    with suppress(OSError):
+        if found := re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     return None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,22 +27,25 @@ _groups = itertools.count()  # that this process has joined, as every other one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
+Item = TypeVar("Item")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process among its peers, and its device."""
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
     timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)  # of waiting for other processes
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the one process that writes."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Waits until every process is here."""
         if self.world_size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
@@ -52,7 +55,7 @@ class Runtime:
         if self.world_size == 1:
             yield
             return
-        patient = dist.new_group(backend="gloo", timeout=_SCAN_TIMEOUT)
+        patient: Any = dist.new_group(backend="gloo", timeout=_SCAN_TIMEOUT)
         if not self.is_main:
             dist.barrier(patient)
         yield
@@ -66,11 +69,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, item: object) -> list[object]:
+    def gather(self, item: Item) -> list[Item]:
         """Every process's `item`, in rank order, on every process (small picklable values only)."""
         if self.world_size == 1:
             return [item]
-        items: list[object] = [None] * self.world_size
+        items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
 
@@ -95,7 +98,7 @@ def start(device: str = "auto", *, timeout: int = COLLECTIVE_TIMEOUT) -> Runtime
             dist.init_process_group("nccl", device_id=chosen, **found)
         else:
             dist.init_process_group("gloo", **found)
-    return Runtime(rank, world_size, local_rank, local_world_size, chosen, patience)
+    return Runtime(rank, world_size, chosen, patience)
 
 
 def _prefer_speed() -> None:
@@ -118,7 +121,7 @@ def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> di
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # which torch documents
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

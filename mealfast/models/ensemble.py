@@ -11,20 +11,21 @@ from collections.abc import Sequence
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mealfast.machine.cuda_graphs import CapturedForward
 from mealfast.machine.processes import Runtime
-from mealfast.models import normalised as models
 from mealfast.models.folding import fold_batch_norms
-from mealfast.models.layout import DTYPES, FORMATS, Choice, Layout, choose, seconds_of
+from mealfast.models.layout import DTYPES, FORMATS, Choice, Layout, Timed, choose, seconds_of
+from mealfast.models.normalised import NormalizedModel
 
 
 class Teacher(nn.Module):
     """One frozen teacher, uint8 [B, H, W, 3] -> logits [B, C]: BatchNorm folded, in its layout. Keeps the model."""
 
-    def __init__(self, model: models.NormalizedModel, layout: Layout, device: torch.device) -> None:
+    def __init__(self, model: NormalizedModel, layout: Layout, device: torch.device) -> None:
         super().__init__()
-        self.model = model.to(device, memory_format=FORMATS[layout.memory_format]).eval().requires_grad_(False)
+        self.model = model.to(device).to(memory_format=FORMATS[layout.memory_format]).eval().requires_grad_(False)
         self.channels_last = layout.memory_format == "channels_last"
         self.device_type, self.dtype = device.type, DTYPES[layout.dtype]
         if self.dtype != torch.float32:
@@ -63,7 +64,7 @@ class FrozenEnsemble:
 
     def __init__(
         self,
-        teachers: Sequence[models.NormalizedModel],
+        teachers: Sequence[NormalizedModel],
         runtime: Runtime,
         *,
         compile: bool,
@@ -75,7 +76,7 @@ class FrozenEnsemble:
             fold(model, runtime.device)
             teacher = Teacher(model, layout, runtime.device)
             if compile and not layout.compiled:
-                teacher.forward = torch.compiler.disable(teacher.forward)
+                teacher.forward = torch.compiler.disable(teacher.forward)  # type: ignore[method-assign]
             members.append(teacher)
         self.module = Ensemble(members)
         if compile:
@@ -97,34 +98,41 @@ class FrozenEnsemble:
         self._captured = CapturedForward(self.run, images)
 
 
-def fold(model: models.NormalizedModel, device: torch.device) -> int:
+def fold(model: NormalizedModel, device: torch.device) -> int:
     """Folds a model's BatchNorms on `device`; returns how many. It stays in eval mode."""
     model.to(device).eval()
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return 0
     grey = torch.full((1, model.size, model.size, 3), 128, dtype=torch.uint8, device=device)
     return fold_batch_norms(model, grey)
 
 
-def logits_in(model: models.NormalizedModel, layout: Layout, images: torch.Tensor) -> torch.Tensor:
+def logits_in(model: NormalizedModel, layout: Layout, images: torch.Tensor) -> torch.Tensor:
     """Logits [B, C] of uint8 images [B, H, W, 3] by a copy of the folded model in that layout, not compiled."""
     with torch.no_grad():
         return Teacher(copy.deepcopy(model), layout, images.device)(images)
 
 
-def measure_layouts(model: models.NormalizedModel, images: torch.Tensor, default: Layout) -> Choice:
+def measure_layouts(model: NormalizedModel, images: torch.Tensor, default: Layout) -> Choice:
     """Times copies of the folded model in `default` and in what differs from it, on uint8 images [B, H, W, 3]."""
 
-    def seconds(layout: Layout) -> float:
+    def prepare(layout: Layout) -> Timed:
         teacher = Teacher(copy.deepcopy(model), layout, images.device)
         if layout.compiled:
-            torch.compiler.reset()  # all teachers share one forward, which recompiles only a few times
             teacher.compile(dynamic=False)
-        with torch.no_grad():
-            return seconds_of(lambda: teacher(images), images.device)
+
+        def timed() -> float:
+            with torch.no_grad():
+                return seconds_of(lambda: teacher(images), images.device)
+
+        for _ in range(2):  # compiles, picks algorithms
+            timed()
+        return timed
 
     try:
-        return choose(seconds, default, images.device, len(images))
+        if default.compiled:
+            torch.compiler.reset()  # all teachers share one forward, which recompiles only a few times
+        return choose(prepare, default, len(images))
     finally:
         if default.compiled:
             torch.compiler.reset()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -41,13 +42,13 @@ def fold_batch_norms(model: nn.Module, sample: torch.Tensor) -> int:
     return len(pairs)
 
 
-def _pairs(model: nn.Module, sample: torch.Tensor) -> list[tuple[nn.Module, nn.Module]]:
+def _pairs(model: nn.Module, sample: torch.Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
     watch = _Watch()
     handles = []
     for module in model.modules():
         if type(module) in _CONVOLUTIONS:
             handles.append(module.register_forward_hook(watch.convolved))
-        elif type(module) in _NORMS and module.running_mean is not None:
+        elif type(module) in _NORMS and isinstance(module, _BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(watch.normalizing))
             handles.append(module.register_forward_hook(watch.normalized))
     try:
@@ -65,22 +66,25 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.runs: Counter[nn.Module] = Counter()
-        self.outputs: dict[int, tuple[torch.Tensor, nn.Module]] = {}  # holds the tensors, so that ids stay theirs
-        self.readers: dict[int, list[nn.Module | None]] = {}  # None: something other than a BatchNorm
-        self.norm: nn.Module | None = None  # the one that is running
+        self.outputs: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # holds the tensors, so that ids stay theirs
+        self.readers: dict[int, list[_BatchNorm | None]] = {}  # None: something other than a BatchNorm
+        self.norm: _BatchNorm | None = None  # the one that is running
 
-    def convolved(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    def convolved(self, module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> None:
+        """Forward hook of a convolution."""
         self.runs[module] += 1
         self.outputs[id(output)] = (output, module)
         self.readers[id(output)] = []
 
-    def normalizing(self, module: nn.Module, inputs: Any) -> None:
+    def normalizing(self, module: _BatchNorm, inputs: Any) -> None:
+        """Forward pre-hook of a BatchNorm."""
         self.runs[module] += 1
         self.norm = module
         if inputs and id(inputs[0]) in self.readers:
             self.readers[id(inputs[0])].append(module)
 
-    def normalized(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def normalized(self, module: _BatchNorm, inputs: Any, output: Any) -> None:
+        """Forward hook of a BatchNorm."""
         self.norm = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +96,8 @@ class _Watch(TorchFunctionMode):
                     self.readers[id(leaf)].append(None)
         return output
 
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+        """Convolutions, each with the BatchNorm that alone reads it."""
         found = []
         for key, (_, convolution) in self.outputs.items():
             (norm,) = self.readers[key] if len(self.readers[key]) == 1 else (None,)
@@ -101,22 +106,28 @@ class _Watch(TorchFunctionMode):
         return found
 
 
-def _fold(convolution: nn.Module, norm: nn.Module) -> None:
+def _fold(convolution: nn.Conv2d, norm: _BatchNorm) -> None:
     """conv(x, W, b) normalised = conv(x, W s, (b - mean) s + beta), s = gamma / sqrt(var + eps); in float64 here."""
     dtype = convolution.weight.dtype
+
+    def double(one: torch.Tensor | None) -> Any:
+        return None if one is None else one.detach().double()
+
     weight, bias = fuse_conv_bn_weights(
-        *(None if one is None else one.detach().double() for one in (convolution.weight, convolution.bias)),
-        norm.running_mean.double(),
-        norm.running_var.double(),
+        double(convolution.weight),
+        double(convolution.bias),
+        double(norm.running_mean),
+        double(norm.running_var),
         norm.eps,
-        *(None if one is None else one.detach().double() for one in (norm.weight, norm.bias)),
+        double(norm.weight),
+        double(norm.bias),
     )
     layout = torch.channels_last if convolution.weight.is_contiguous(memory_format=torch.channels_last) else None
-    weight = weight.to(dtype) if layout is None else weight.to(dtype, memory_format=layout)
-    convolution.weight = nn.Parameter(weight, requires_grad=False)
-    convolution.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    stored = weight.detach().to(dtype) if layout is None else weight.detach().to(dtype, memory_format=layout)
+    convolution.weight = nn.Parameter(stored, requires_grad=False)
+    convolution.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
 
-def _rest(norm: nn.Module) -> nn.Module:
+def _rest(norm: _BatchNorm) -> nn.Module:
     """What remains of a BatchNorm once its arithmetic is folded away."""
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()

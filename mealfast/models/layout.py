@@ -1,7 +1,8 @@
-"""How each teacher runs fastest on this device: memory format, dtype, compiled or not, found by measuring.
+"""How each teacher runs fastest on this device: memory format, compiled or not, found by measuring.
 
-No rule of thumb holds: channels-last is slower for EfficientNet-B4 on some GPUs and faster for ResNets on all, bfloat16
-is slower than float32 on CPUs without instructions for it. What was found is remembered in the user's cache folder.
+No rule of thumb holds: channels-last is slower for EfficientNet-B4 on some GPUs and faster for ResNets on all. What was
+found is remembered in the user's cache folder. The dtype is not measured, so that no passing load of the machine
+decides what targets are made of: device and accuracy do (see tuning.py).
 
 Shape legend: B images of this process's part of a step, H and W pixels.
 """
@@ -13,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from mealfast.machine.files import read_object, write_json
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WORTHWHILE = 1.03  # a layout must be this much faster than the default: differences below are noise
-_LONG = 10.0  # seconds of measuring after which one layout's time is taken as known
+WORTHWHILE = 1.03  # so much faster must a layout be than the one before it, in a round that counts for it
+ROUNDS = 8  # in each both are timed, one right after the other: what else the machine does hits both
+_LEAST_ROUNDS = 3
+_LONG = 20.0  # seconds of rounds after which those that there are must do
 ENOUGH = 300.0  # seconds, compiling included, after which no further layout of a teacher is tried
 
 
@@ -43,14 +46,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Choice:
-    """The layout that a teacher runs in, and images/s of this process for every layout that was tried."""
+    """The layout that a teacher runs in, and what was measured of those that were tried."""
 
     layout: Layout
-    images_per_second: dict[str, float]
+    images_per_second: dict[str, float]  # of this process, medians
+    # Of each layout but the default: in how many rounds it was WORTHWHILE faster than the best before it, of how many.
+    faster_in: dict[str, tuple[int, int]] = field(default_factory=dict)
     remembered: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"layout": asdict(self.layout), "images_per_second": self.images_per_second}
+        """For config.json and the memory of layouts."""
+        return {
+            "layout": asdict(self.layout),
+            "images_per_second": self.images_per_second,
+            "faster_in": {name: list(rounds) for name, rounds in self.faster_in.items()},
+        }
 
 
 def is_layout(content: Any) -> bool:
@@ -62,65 +72,86 @@ def is_layout(content: Any) -> bool:
 
 
 def default_layout(dtype: str, compile: bool) -> Layout:
+    """Channels-last, in a dtype of DTYPES."""
     return Layout("channels_last", dtype, compile)
 
 
-def choose(measure: Callable[[Layout], float], default: Layout, device: torch.device, batch: int) -> Choice:
-    """The fastest layout, changing one thing at a time from the default; `measure` gives a layout's seconds."""
+Timed = Callable[[], float]  # runs a teacher once; seconds
+
+
+def choose(prepare: Callable[[Layout], Timed], default: Layout, batch: int) -> Choice:
+    """The default, or a layout that is faster beyond the noise seen, changing one thing at a time.
+
+    `prepare` gives a layout's timed call, warmed up, on `batch` images. In each round the two that are compared are
+    timed one after the other, in changing order. The default stays unless the other is WORTHWHILE faster in all rounds
+    but one of eight: by chance alone that happens once in 28.
+    """
     began = time.perf_counter()
-    best = default
-    seconds = {best: measure(best)}
-    for changes in _alternatives(default, device):
+    best, timed = default, prepare(default)
+    seconds = {default: [timed()]}
+    faster: dict[str, tuple[int, int]] = {}
+    for changes in _alternatives(default):
         if time.perf_counter() - began > ENOUGH:
             break
         layout = replace(best, **changes)
-        seconds[layout] = measure(layout)
-        if seconds[layout] * WORTHWHILE < seconds[best]:
-            best = layout
-    return Choice(best, {str(layout): round(batch / value, 2) for layout, value in seconds.items()})
+        other = prepare(layout)
+        pairs = _rounds(timed, other)
+        seconds[best] += [before for before, _ in pairs]
+        seconds[layout] = [after for _, after in pairs]
+        won = sum(after * WORTHWHILE < before for before, after in pairs)
+        faster[str(layout)] = won, len(pairs)
+        if won >= len(pairs) - len(pairs) // ROUNDS:
+            best, timed = layout, other
+    rates = {str(layout): round(batch / statistics.median(times), 2) for layout, times in seconds.items()}
+    return Choice(best, rates, faster)
 
 
-def _alternatives(default: Layout, device: torch.device) -> Iterator[dict[str, Any]]:
+def _rounds(one: Timed, other: Timed) -> list[tuple[float, float]]:
+    pairs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(pairs) < ROUNDS and (len(pairs) < _LEAST_ROUNDS or time.perf_counter() - began < _LONG):
+        if len(pairs) % 2 == 0:
+            before = one()
+            pairs.append((before, other()))
+        else:
+            after = other()
+            pairs.append((one(), after))
+    return pairs
+
+
+def _alternatives(default: Layout) -> Iterator[dict[str, Any]]:
     yield {"memory_format": "contiguous"}
-    # A GPU that has the dtype is never faster in float32, and trying costs another compilation.
-    if default.dtype != "float32" and device.type == "cpu":
-        yield {"dtype": "float32"}
     if default.compiled:
         yield {"compiled": False}
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of a call, warmed up; the device's work included."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    times = [once()]  # compiles, picks algorithms
+    """Seconds of a call, the device's work included."""
     began = time.perf_counter()
-    while len(times) < 6 and time.perf_counter() - began < _LONG:
-        times.append(once())
-    return statistics.median(times[1:] or times)
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 class LayoutStore:
     """Remembered choices: one JSON file for all runs of a user. A damaged one is made anew."""
 
     def __init__(self, path: Path | None = None) -> None:
+        """`path`: None: in the user's cache folder ($XDG_CACHE_HOME)."""
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.path = path or Path(home) / "mealfast" / "teacher-layouts.json"
 
-    def get(self, key: str, compile: bool) -> Choice | None:
-        """What is known for a key; None where nothing is, or nothing that can be used."""
-        entry = self._read().get(key)
+    def get(self, key: str, default: Layout) -> Choice | None:
+        """What is known for a key; None where nothing is, or nothing that could come of `default`."""
+        entry: Any = self._read().get(key)
         with suppress(TypeError, KeyError, ValueError, AttributeError):
             layout = Layout(**entry["layout"]) if is_layout(entry["layout"]) else None
             rates = {str(name): float(rate) for name, rate in entry["images_per_second"].items()}
-            if layout is not None and layout.compiled in (False, compile):
-                return Choice(layout, rates, remembered=True)
+            # Not in what versions wrote that measured each layout once: it can be wrong.
+            faster = {str(name): (int(won), int(rounds)) for name, (won, rounds) in entry["faster_in"].items()}
+            if layout is not None and layout.dtype == default.dtype and layout.compiled in (False, default.compiled):
+                return Choice(layout, rates, faster, remembered=True)
         return None
 
     def put(self, key: str, choice: Choice) -> None:

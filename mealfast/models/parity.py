@@ -14,7 +14,7 @@ import torch
 from mealfast.errors import UsageError
 from mealfast.machine.precision import name_of
 from mealfast.machine.processes import Runtime
-from mealfast.models import normalised as models
+from mealfast.models.normalised import NormalizedModel
 
 LARGEST_MEAN = 1e-2  # mean |difference| of probabilities, over images and classes
 LEAST_AGREEMENT = 0.98  # share of images with the same class first
@@ -43,6 +43,7 @@ class Parity:
         return self.finite and self.finite_in_float32 and close and agrees
 
     def to_json(self) -> dict[str, object]:
+        """For config.json."""
         return {"images": self.images, "mean_difference": self.mean_difference, "agreement": self.agreement}
 
     def __str__(self) -> str:
@@ -53,9 +54,7 @@ class Parity:
 
 
 @torch.no_grad()
-def reference_logits(
-    teachers: Sequence[models.NormalizedModel], images: torch.Tensor, runtime: Runtime
-) -> list[torch.Tensor]:
+def reference_logits(teachers: Sequence[NormalizedModel], images: torch.Tensor, runtime: Runtime) -> list[torch.Tensor]:
     """K logits [B, C] in float32, eager, unfolded, no TF32, of uint8 images [B, H, W, 3]."""
     with _plainly():
         eager = [teacher.to(runtime.device).eval() for teacher in teachers]

@@ -179,6 +179,7 @@ class _Pickle:
                 items.append(item)
             return items[::-1]
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(stream):
             self._steps += 1
             if self._steps > MOST_STEPS:

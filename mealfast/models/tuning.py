@@ -5,7 +5,6 @@ Shape legend: B images of this process's part of a step, H and W pixels.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -13,12 +12,14 @@ from typing import Any
 
 import torch
 
+from mealfast.machine import terminal
+from mealfast.machine.files import brief, reason
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
-from mealfast.models import normalised as models
 from mealfast.models import parity
 from mealfast.models.ensemble import FrozenEnsemble, fold, logits_in, measure_layouts
 from mealfast.models.layout import Choice, Layout, LayoutStore, default_layout, key_of
+from mealfast.models.normalised import NormalizedModel, precision_of
 from mealfast.recipe import Recipe
 
 
@@ -27,7 +28,7 @@ class TeacherReport:
     """How one teacher runs, and how close to eager float32."""
 
     spec: str
-    key: str  # what the choice depends on: teacher_layout.key_of
+    key: str  # what the choice depends on: layout.key_of
     choice: Choice
     parity: parity.Parity
 
@@ -36,18 +37,23 @@ class TeacherReport:
         return {"model": self.spec, "key": self.key, **self.choice.to_json(), "parity": self.parity.to_json()}
 
     def __str__(self) -> str:
-        rates = self.choice.images_per_second
-        own = rates.get(str(self.choice.layout))
-        others = ", ".join(f"{name}: {rate:,.0f}" for name, rate in rates.items() if name != str(self.choice.layout))
-        speed = "" if own is None else f", {own:,.0f} images/s ({others})"
-        remembered = ", as remembered" if self.choice.remembered else ""
-        return f"teacher {self.spec}: {self.choice.layout}{speed}{remembered}; {self.parity}"
+        choice, own = self.choice, str(self.choice.layout)
+
+        def measured(name: str) -> str:
+            won, rounds = choice.faster_in.get(name, (0, 0))
+            sure = f", faster in {won} of {rounds} rounds" if rounds else ""
+            return f"{choice.images_per_second[name]:,.0f} images/s{sure}"
+
+        others = "; ".join(f"{name}: {measured(name)}" for name in choice.images_per_second if name != own)
+        speed = f", {measured(own)} ({others})" if own in choice.images_per_second else ""
+        remembered = ", as remembered (--tune-teachers again measures anew)" if choice.remembered else ""
+        return f"teacher {self.spec}: {own}{speed}{remembered}; {self.parity}"
 
 
 def prepare(
     recipe: Recipe,
     runtime: Runtime,
-    teachers: Sequence[models.NormalizedModel],
+    teachers: Sequence[NormalizedModel],
     images: torch.Tensor,
     *,
     compile: bool,
@@ -61,19 +67,20 @@ def prepare(
     recipe's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
     """
     specs = recipe.live_teachers if specs is None else specs
-    wanted = precision(recipe.amp, runtime.device)
     references = parity.reference_logits(teachers, images, runtime)
     for teacher in teachers:
         fold(teacher, runtime.device)
-    defaults = [
-        default_layout(_fine_enough(spec, teacher, images, reference, wanted, runtime), compile)
-        for spec, teacher, reference in zip(specs, teachers, references, strict=True)
+    wanted = [precision_of(teacher, recipe.amp, runtime.device) for teacher in teachers]
+    dtypes = [
+        _fine_enough(spec, teacher, images, reference, dtype, runtime)
+        for spec, teacher, reference, dtype in zip(specs, teachers, references, wanted, strict=True)
     ]
+    defaults = [default_layout(dtype, compile) for dtype in dtypes]
     # The main process chooses for all.
     keys = runtime.gather(
         [key_of(spec, images, runtime.device, default) for spec, default in zip(specs, defaults, strict=True)]
     )[0]
-    choices = None
+    choices: list[Choice] = []
     with runtime.main_first():  # minutes, where it compiles: a collective would time out
         if runtime.is_main:
             choices = [
@@ -89,15 +96,14 @@ def prepare(
             if recipe.cuda_graphs:
                 raise
             if runtime.is_main:  # nobody asked for a graph: it is the run that matters
-                reason = str(error).strip().splitlines()[0]
-                print(f"note: the teachers cannot be captured as a CUDA graph ({reason}): run without", file=sys.stderr)
+                terminal.say(f"note: the teachers cannot be captured as a CUDA graph ({reason(error)}): run without")
     found = parity.compare(specs, ensemble(images), references, runtime)
-    parity.check(found, wanted)
+    parity.check(found, precision(recipe.amp, runtime.device))
     return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
 
 
 def _fine_enough(
-    spec: str, teacher: models.NormalizedModel, images: torch.Tensor, reference: torch.Tensor, wanted: torch.dtype,
+    spec: str, teacher: NormalizedModel, images: torch.Tensor, reference: torch.Tensor, wanted: torch.dtype,
     runtime: Runtime,
 ) -> str:  # fmt: skip
     """`wanted`, or the next finer dtype in which a folded teacher says on these images what it says in float32."""
@@ -111,13 +117,13 @@ def _fine_enough(
         if found.holds(0.5) or not found.finite_in_float32:
             return dtype
         if runtime.is_main:
-            print(f"note: teacher {spec} is taken in {finer}: in {dtype} {found}", file=sys.stderr)
+            terminal.say(f"note: teacher {brief(spec)} is taken in {finer}: in {dtype} {found}")
     return "float32"
 
 
 def _choice(
     recipe: Recipe,
-    teacher: models.NormalizedModel,
+    teacher: NormalizedModel,
     images: torch.Tensor,
     default: Layout,
     key: str,
@@ -128,7 +134,7 @@ def _choice(
     if not recipe.tune_teachers:
         return Choice(default, {})
     store = LayoutStore()
-    choice = store.get(key, default.compiled)
+    choice = None if recipe.tune_teachers == "again" else store.get(key, default)
     if choice is None:
         choice = measure_layouts(teacher, images, default)
         store.put(key, choice)

@@ -136,7 +136,7 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], state: Any) -> Any:
     if isinstance(state, dict):
         mapped = type(state)((key, _map(function, value)) for key, value in state.items())
         if hasattr(state, "_metadata"):  # of a module's state dict: the versions of its layers
-            mapped._metadata = state._metadata
+            setattr(mapped, "_metadata", state._metadata)  # noqa: B010  (a dictionary that has attributes)
         return mapped
     if isinstance(state, (list, tuple)):
         return type(state)(_map(function, value) for value in state)
@@ -145,7 +145,12 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], state: Any) -> Any:
 
 def _tensors(state: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    _map(lambda tensor: found.append(tensor) or tensor, state)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(note, state)
     return found
 
 

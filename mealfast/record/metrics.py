@@ -87,9 +87,13 @@ class Telemetry:
             )
 
 
-def middle_convolution(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the convolution in the middle of a model; the middle linear layer where there is none."""
-    for kind in (nn.Conv2d, nn.Linear):
+def middle_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | nn.Linear]:
+    """Name and module of the convolution in the middle of a model; the middle linear layer where there is none.
+
+    Raises ValueError where there is neither.
+    """
+    kinds: tuple[type[nn.Conv2d], type[nn.Linear]] = (nn.Conv2d, nn.Linear)
+    for kind in kinds:
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
         if found:
             return found[len(found) // 2]

@@ -19,7 +19,7 @@ from mealfast.errors import UsageError
 from mealfast.labels.fit import open_label_cache
 from mealfast.loaders import LabelCache
 from mealfast.machine.cuda_graphs import on_side_stream
-from mealfast.machine.precision import autocast, has_amx, name_of, precision
+from mealfast.machine.precision import autocast, name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.method.discriminator import Discriminator
 from mealfast.method.objective import Objective
@@ -95,7 +95,9 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     discriminator = None if mode == "off" else Discriminator(student.num_classes, mode)
     compile = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     trainee = Trainee(
-        student, Objective(recipe.hard_label_weight, discriminator), _student_precision(student, recipe, runtime)
+        student,
+        Objective(recipe.hard_label_weight, discriminator),
+        models.precision_of(student, recipe.amp, runtime.device),
     )
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
@@ -106,16 +108,6 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
     return Parts(trainee, wrapped, teachers, None, digests, live_teachers, label_cache, optimizer, scaler, compile)
-
-
-def _student_precision(student: nn.Module, recipe: Recipe, runtime: Runtime) -> torch.dtype:
-    """What the student computes in; what each teacher does is measured."""
-    # On a CPU with AVX512-BF16 alone bf16 is twice as fast as float32 for ResNets, and half to three quarters as fast
-    # for MobileNets and EfficientNets.
-    depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in student.modules())
-    if recipe.amp == "auto" and runtime.device.type == "cpu" and depthwise and not has_amx():
-        return torch.float32
-    return precision(recipe.amp, runtime.device)
 
 
 def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> None:

@@ -144,6 +144,19 @@ def test_every_field_is_an_option_and_arrives_as_typed():
     assert recipe == Recipe(**{name: value for name, (_, value) in TYPED.items()})
 
 
+def test_tuning_is_a_switch_that_takes_a_word_too(capsys):
+    def tuned(*argv):
+        return recipe_from(make_parser().parse_args(["--recipe", "resnet50-224", *argv])).tune_teachers
+
+    assert [tuned(), tuned("--tune-teachers"), tuned("--no-tune-teachers")] == [True, True, False]
+    assert tuned("--tune-teachers", "again", "--epochs", "3") == "again"
+    with pytest.raises(SystemExit):
+        tuned("--tune-teachers", "twice")
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UsageError, match=r"^--tune-teachers twice: must be on, off or again"):
+        make_recipe("resnet50-224", tune_teachers="twice")
+
+
 def test_options_override_the_recipe_and_only_those():
     recipe = recipe_from(make_parser().parse_args(["--recipe", "resnet50-224-cutmix", "--no-cutmix", "--epochs", "2"]))
     assert recipe == make_recipe("resnet50-224-cutmix", cutmix=False, epochs=2)

@@ -1,6 +1,7 @@
 """The ensemble as it runs: folded, laid out by measurement, remembered, checked against eager float32."""
 
 import json
+import random
 
 import pytest
 import timm
@@ -56,47 +57,81 @@ def test_every_layout_says_what_timms_model_says(weights, images, layout):
     assert not any(p.requires_grad for p in ensemble.module.parameters())
 
 
-def test_the_fastest_layout_is_chosen_and_a_tie_goes_to_the_default():
-    times = {("channels_last", "bfloat16"): 1.0, ("contiguous", "bfloat16"): 0.8, ("contiguous", "float32"): 0.79}
-    cpu = torch.device("cpu")
-    default = teacher_layout.default_layout("bfloat16", compile=False)
-    choice = choose(lambda one: times[one.memory_format, one.dtype], default, cpu, batch=8)
-    assert choice.layout == Layout("contiguous", "bfloat16", False), "float32 is 1% faster: noise"
-    assert choice.images_per_second[str(choice.layout)] == 10.0
-    assert len(choice.images_per_second) == 3
-    tried = []
-    choose(lambda one: tried.append(one) or 1.0, teacher_layout.default_layout("float32", compile=True), cpu, batch=8)
-    assert tried == [
-        Layout("channels_last", "float32", True), Layout("contiguous", "float32", True),
-        Layout("channels_last", "float32", False),
-    ]  # fmt: skip
+class Machine:
+    """Layouts take their `seconds`, times the load of the moment; `calls` says in which order they were timed."""
+
+    def __init__(self, seconds, load=lambda call: 1.0):
+        self.seconds, self.load = seconds, load
+        self.prepared, self.calls = [], []
+
+    def prepare(self, layout):
+        self.prepared.append(layout)
+
+        def timed():
+            self.calls.append(layout)
+            return self.seconds[layout] * self.load(len(self.calls))
+
+        return timed
 
 
-def test_a_gpu_does_not_try_float32_and_slow_measurements_end(monkeypatch):
-    what = teacher_layout.default_layout("bfloat16", compile=True), torch.device("cuda", 0)
-    found = choose(lambda one: 1.0, *what, batch=8)
-    assert list(found.images_per_second) == [
-        "channels_last, bfloat16, compiled", "contiguous, bfloat16, compiled", "channels_last, bfloat16, eager"
-    ]  # fmt: skip
+CHANNELS_LAST, CONTIGUOUS = (Layout(memory, "float32", False) for memory in ("channels_last", "contiguous"))
+
+
+def test_the_fastest_layout_is_chosen_one_thing_at_a_time():
+    last, plain, eager = (Layout(*of) for of in (
+        ("channels_last", "bfloat16", True), ("contiguous", "bfloat16", True), ("contiguous", "bfloat16", False)
+    ))  # fmt: skip
+    machine = Machine({last: 1.0, plain: 0.8, eager: 0.79})
+    choice = choose(machine.prepare, last, batch=8)
+    assert choice.layout == plain, "eager is 1% faster: noise"
+    assert machine.prepared == [last, plain, eager], "no dtype is tried: none depends on a measurement"
+    assert choice.images_per_second == {str(last): 8.0, str(plain): 10.0, str(eager): 10.13}
+    assert choice.faster_in == {str(plain): (8, 8), str(eager): (0, 8)}
+    calls = machine.calls[1:17]
+    assert calls == [last, plain, plain, last] * 4, "rounds alternate"
+
+
+def test_a_layout_is_not_taken_for_what_the_machine_does_besides():
+    """Load that comes and goes, three times as slow: one layout timed after the other would be wrong by as much."""
+    machine = Machine({CHANNELS_LAST: 1.0, CONTIGUOUS: 1.05}, load=lambda call: 3.0 if call < 7 else 1.0)
+    assert choose(machine.prepare, CHANNELS_LAST, batch=8).layout == CHANNELS_LAST
+    rng = random.Random(0)
+    for _ in range(200):
+        machine = Machine({CHANNELS_LAST: 1.0, CONTIGUOUS: 1.0}, load=lambda call: rng.choice((1.0, 1.0, 1.5, 3.0)))
+        choice = choose(machine.prepare, CHANNELS_LAST, batch=8)
+        assert choice.layout == CHANNELS_LAST
+    machine = Machine({CHANNELS_LAST: 1.0, CONTIGUOUS: 0.8}, load=lambda call: rng.uniform(1.0, 1.1))
+    assert choose(machine.prepare, CHANNELS_LAST, batch=8).layout == CONTIGUOUS
+
+
+def test_slow_measurements_end_and_want_every_round(monkeypatch):
+    monkeypatch.setattr(teacher_layout, "_LONG", 0.0)
+    machine = Machine({CHANNELS_LAST: 1.0, CONTIGUOUS: 0.5}, load=lambda call: 3.0 if call == 4 else 1.0)
+    choice = choose(machine.prepare, CHANNELS_LAST, batch=8)
+    assert (choice.layout, choice.faster_in) == (CHANNELS_LAST, {str(CONTIGUOUS): (2, 3)})
     monkeypatch.setattr(teacher_layout, "ENOUGH", -1.0)
-    assert len(choose(lambda one: 1.0, *what, batch=8).images_per_second) == 1
+    choice = choose(machine.prepare, CHANNELS_LAST, batch=8)
+    assert (choice.images_per_second, choice.faster_in) == ({str(CHANNELS_LAST): 8.0}, {})
 
 
 def test_a_choice_is_remembered_and_a_damaged_memory_made_anew(tmp_path):
     store = LayoutStore(tmp_path / "deep" / "layouts.json")
-    choice = teacher_layout.Choice(Layout("contiguous", "float32", False), {"a": 1.5})
-    assert store.get("key", False) is None
+    choice = teacher_layout.Choice(CONTIGUOUS, {"a": 1.5}, {"a": (3, 8)})
+    assert store.get("key", CHANNELS_LAST) is None
     store.put("key", choice)
     store.put("other", choice)
-    found = store.get("key", False)
+    found = store.get("key", CHANNELS_LAST)
     assert (found.layout, found.images_per_second, found.remembered) == (choice.layout, {"a": 1.5}, True)
+    assert found.faster_in == choice.faster_in
+    assert store.get("key", teacher_layout.default_layout("bfloat16", compile=False)) is None, "accuracy decides it"
+    once = {"layout": choice.to_json()["layout"], "images_per_second": {"a": 1.5}}  # of versions that measured once
     unknown = {"layout": {"memory_format": "rows", "dtype": "float32", "compiled": False}, "images_per_second": {}}
-    entries = (1, {"layout": {"memory_format": "contiguous"}}, unknown)
+    entries = (1, {"layout": {"memory_format": "contiguous"}}, unknown, once, {**once, "faster_in": {"a": 3}})
     for damage in (b"{", b"[]", b"\xff\xfe", *(json.dumps({"key": entry}).encode() for entry in entries)):
         store.path.write_bytes(damage)
-        assert store.get("key", False) is None, damage
+        assert store.get("key", CHANNELS_LAST) is None, damage
     store.put("key", choice)
-    assert store.get("key", False).layout == choice.layout
+    assert store.get("key", CHANNELS_LAST).layout == choice.layout
 
 
 def test_a_key_names_all_that_a_choice_depends_on(images):
@@ -128,7 +163,7 @@ def test_a_run_prints_keeps_and_reuses_its_layouts(options, capfd, monkeypatch, 
     # Another run finds what was measured; the same run keeps it even where the memory now says otherwise.
     store = LayoutStore()
     for teacher in config["teachers"]:
-        assert store.get(teacher["key"], False).to_json()["layout"] == teacher["layout"]
+        assert store.get(teacher["key"], CHANNELS_LAST).to_json()["layout"] == teacher["layout"]
         other = "contiguous" if teacher["layout"]["memory_format"] == "channels_last" else "channels_last"
         store.put(teacher["key"], teacher_layout.Choice(Layout(other, "float32", False), {}))
     run = Run(make_recipe(**options), CPU, RunDirectory(options["run_dir"]))
@@ -139,6 +174,13 @@ def test_a_run_prints_keeps_and_reuses_its_layouts(options, capfd, monkeypatch, 
     for report, teacher in zip(fresh.teacher_reports, config["teachers"], strict=True):
         assert report.to_json()["layout"] != teacher["layout"]
         assert report.choice.remembered
+        assert "as remembered (--tune-teachers again measures anew)" in str(report)
+    anew = make_recipe(**{**options, "run_dir": str(tmp_path / "anew")}, tune_teachers="again")
+    for report in Run(anew, CPU, RunDirectory(tmp_path / "anew")).teacher_reports:
+        assert not report.choice.remembered
+        ((_, rounds),) = report.choice.faster_in.values()
+        assert rounds == 8
+        assert "of 8 rounds" in str(report)
 
 
 def test_without_tuning_nothing_is_measured(options, monkeypatch):
@@ -208,3 +250,14 @@ def test_a_teacher_that_breaks_on_real_images_is_refused_by_the_command(options,
     err = capfd.readouterr().err.strip().splitlines()
     assert "non-finite logits" in err[-1]
     assert "edges.pth" in err[-1]
+
+
+@pytest.mark.parametrize(("amx", "dtypes"), [(False, ["float32", "bfloat16"]), (True, ["bfloat16", "bfloat16"])])
+def test_a_teachers_dtype_is_the_devices_and_the_models(options, weights, monkeypatch, amx, dtypes):
+    """Depthwise convolutions are slower in bfloat16 than in float32 on a CPU without tiles: a rule, no measurement."""
+    monkeypatch.setattr("mealfast.models.normalised.has_amx", lambda: amx)
+    monkeypatch.setattr("mealfast.models.normalised.precision", lambda amp, device: torch.bfloat16)
+    monkeypatch.setattr("mealfast.models.tuning.parity.LEAST_AGREEMENT", 0.0)
+    specs = tuple(f"{name}@{weights(name, 5)}" for name in ("test_efficientnet", "test_resnet"))
+    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "auto"}), CPU, RunDirectory(options["run_dir"]))
+    assert [report.choice.layout.dtype for report in run.teacher_reports] == dtypes
