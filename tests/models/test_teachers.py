@@ -180,7 +180,7 @@ def test_a_run_prints_keeps_and_reuses_its_layouts(options, capfd, monkeypatch, 
         assert report.choice.remembered
         assert "as remembered (--tune-teachers again measures anew)" in str(report)
     anew = make_recipe(**{**options, "run_dir": str(tmp_path / "anew")}, tune_teachers="again")
-    for report in Run(anew, CPU, RunDirectory(tmp_path / "anew")).teacher_reports:
+    for report in make_job(anew, CPU, RunDirectory(tmp_path / "anew"))[0].reports:
         assert not report.choice.remembered
         ((_, rounds),) = report.choice.faster_in.values()
         assert rounds == 8
@@ -264,5 +264,6 @@ def test_a_teachers_dtype_is_the_devices_and_the_models(options, weights, monkey
     monkeypatch.setattr("mealfast.models.normalised.precision", lambda amp, device: torch.bfloat16)
     monkeypatch.setattr("mealfast.models.tuning.parity.LEAST_AGREEMENT", 0.0)
     specs = tuple(f"{name}@{weights(name, 5)}" for name in ("test_efficientnet", "test_resnet"))
-    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "auto"}), CPU, RunDirectory(options["run_dir"]))
-    assert [report.choice.layout.dtype for report in run.teacher_reports] == dtypes
+    recipe = make_recipe(**{**options, "teachers": specs, "amp": "auto"})
+    job, _, _ = make_job(recipe, CPU, RunDirectory(options["run_dir"]))
+    assert [report.choice.layout.dtype for report in job.reports] == dtypes
