@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mealfast.labels.write_through import WritePlan
@@ -40,9 +41,11 @@ class Job:
     writing: WritePlan | None  # of the label cache that the run writes
     compiled: bool
 
-    def loader(self, first: int, stop: int, label_cache: LabelCache | None = None) -> Loader:
+    def loader(
+        self, first: int, stop: int, label_cache: LabelCache | None = None, stopping: Callable[[], bool] | None = None
+    ) -> Loader:
         """This process's batches of the steps numbered `first` to `stop` - 1; close it. `label_cache` is the one that
-        the run writes."""
+        the run writes. While a batch is waited for, `stopping` may end that: LoaderStopped is raised."""
         recipe, runtime = self.recipe, self.runtime
         return train_loader(
             recipe.loader,
@@ -55,6 +58,8 @@ class Job:
             world_size=runtime.world_size,
             device=runtime.device,
             threads=recipe.loader_threads,
+            timeout=recipe.loader_timeout,
+            stopping=stopping,
             label_cache=label_cache or self.label_cache,
             live_epochs=self.writing.live_epochs if self.writing else range(0),
         )

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import Any, Protocol
 
 from mealfast.errors import RunError
-from mealfast.loaders import Batch
+from mealfast.loaders import Batch, LoaderStopped
 from mealfast.machine import lock, processes
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Agreement, Stopped, StopSignal
@@ -116,7 +116,7 @@ class Loop:
         self.outputs.finish_views(range(calendar.epochs_over(where.step)))
         if where.step < calendar.last and not stopping:
             cache = self.outputs.recording.cache if self.outputs.recording else None
-            with closing(job.loader(where.step, calendar.last, cache)) as loader:
+            with closing(job.loader(where.step, calendar.last, cache, lambda: self.stop.asked)) as loader:
                 self.replaced = loader
                 self.steps(Feed(loader, 2 * self.agreed.delay))
 
@@ -126,7 +126,12 @@ class Loop:
         stopping = self.agree_on_the_first(feed)
         while where.step < calendar.last and not stopping:
             began = time.perf_counter()
-            self.batch = feed.next()
+            try:
+                self.batch = feed.next()
+            except LoaderStopped:  # a signal, while no batch came
+                if where.step > self.outputs.saved:
+                    self.save()
+                return
             waited = time.perf_counter() - began
             self.step(self.batch, where.step)
             self.count_step()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
-from mealfast.loaders import Batch, DataError, Loader
+from mealfast.loaders import Batch, DataError, Loader, LoaderStopped
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Stopped
 from mealfast.models.ensemble import padded
@@ -112,6 +112,8 @@ class _Ending:
                     self._stopped = True
                     return
                 yield one
+        except LoaderStopped:
+            self._stopped = True
         except DataError as error:
             self._error = str(error)
 

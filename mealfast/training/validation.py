@@ -53,6 +53,8 @@ class Validation:
             world_size=runtime.world_size,
             device=runtime.device,
             threads=recipe.loader_threads,
+            timeout=recipe.loader_timeout,
+            stopping=stopping,
         )
         self._number = 0
         student.eval()
