@@ -123,7 +123,7 @@ class PrefetchLoader(ABC, Generic[Flight]):
                     raise RuntimeError("the loader was started again: it serves one iteration at a time")
             finished = True
         finally:
-            if not finished and self._pending is pending:
+            if not finished and self._pending is pending and self._closing is None:
                 self._caller.submit(self._forget, pending)
 
     def _wait(self, pending: deque[Flight], todo: Iterator[int]) -> Batch | None:

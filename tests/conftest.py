@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -184,3 +185,34 @@ def photos(tmp_path_factory) -> Path:
         folder.mkdir(exist_ok=True)
         (folder / path.name).write_bytes(path.read_bytes())
     return root
+
+
+_HOLDER = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+for path in sys.argv[1:]:
+    fcntl.fcntl(os.open(path, os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def stall():
+    """Makes whoever opens regular files wait, as a disk that does not answer would, until it is called without any."""
+    holders = []
+
+    def stall(*paths):
+        if not paths:
+            for holder in holders:
+                holder.communicate()
+            return
+        holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, *map(str, paths)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        holders.append(holder)
+        if not holder.stdout.readline():
+            pytest.skip(f"no leases on the file system of {paths[0]}")
+
+    yield stall
+    stall()

@@ -97,13 +97,14 @@ class Loop:
     batch: Batch | None  # of the step taken last
     replaced: _Replaced | None  # the loader's count of images that stand in for broken ones
     dead_lines: int  # logged means of the discriminator's loss at ln 2, one after the other
+    began: float  # seconds, the step that is being taken
 
     def __init__(self, job: Job, where: Where, outputs: Outputs, stop: StopSignal) -> None:
         self.job, self.where, self.outputs, self.stop = job, where, outputs, stop
         self.step = job.step(outputs.recording)
         self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
         self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
-        self.first, self.batch, self.replaced, self.dead_lines = where.step, None, None, 0
+        self.first, self.batch, self.replaced, self.dead_lines, self.began = where.step, None, None, 0, 0.0
 
     def run(self) -> None:
         """What an earlier process left undone, then the steps."""
@@ -125,7 +126,7 @@ class Loop:
         job, where, calendar = self.job, self.where, self.job.calendar
         stopping = self.agree_on_the_first(feed)
         while where.step < calendar.last and not stopping:
-            began = time.perf_counter()
+            began = self.began = time.perf_counter()
             try:
                 self.batch = feed.next()
             except LoaderStopped:  # a signal, while no batch came
@@ -274,7 +275,7 @@ class Loop:
             self.step.undo()
             if self.step.taken == self.where.step:  # taken, and then the error came before it was counted
                 self.count_step()
-                self.log_if_due(time.perf_counter(), 0.0)
+                self.log_if_due(self.began, 0.0)
             if self.where.step > self.outputs.saved:
                 self.write_checkpoint()  # targets that a label cache did not take are made again
             if self.outputs.checkpoints:

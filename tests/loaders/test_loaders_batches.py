@@ -5,7 +5,6 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -231,36 +230,6 @@ def test_a_file_that_became_another_kind_is_rendered_by_pillow(tree, index):
     views = EvalViews(SIZE, 18)
     found, expected = (run(eval_loader(backend, index, views, batch_size=N))[0].images[i] for backend in BACKENDS)
     assert torch.equal(found, expected)
-
-
-HOLDER = """
-import fcntl, os, signal, sys
-signal.signal(signal.SIGIO, signal.SIG_IGN)
-fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def stall():
-    """Makes whoever opens a regular file wait, as a disk that does not answer would, until it is called again."""
-    holders = []
-
-    def stall(path=None):
-        if path is None:
-            for holder in holders:
-                holder.communicate()
-            return
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        holders.append(holder)
-        if not holder.stdout.readline():
-            pytest.skip(f"no leases on the file system of {path}")
-
-    yield stall
-    stall()
 
 
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
