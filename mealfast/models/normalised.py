@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -179,6 +180,10 @@ def _takes(model: NormalizedModel, size: int) -> bool:
 
 def _check_names(spec: ModelSpec) -> None:
     if not timm.is_model(spec.architecture):
+        if _is_file(spec.text):
+            raise UsageError(
+                f"model spec {_quoted(spec.text)}: is a file; say of which architecture: NAME@{brief(spec.text)}"
+            )
         close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(
@@ -195,6 +200,13 @@ def _check_names(spec: ModelSpec) -> None:
         raise UsageError(
             f"model spec {_quoted(spec.text)}: no tag '{brief(spec.tag, 60)}'; timm's for {spec.architecture}: {known}"
         )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, RuntimeError):  # too long; a home of nobody
+        return False
 
 
 def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | None) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,10 @@ from mealfast.machine.files import brief
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A parsed model spec: timm's architecture, pretrained tag, keyword arguments of its constructor, weights file."""
+    """A parsed model spec: timm's architecture, pretrained tag, keyword arguments of its constructor, weights file.
+
+    Tag and file are "" where there are none; the file's `~` is expanded.
+    """
 
     text: str
     architecture: str
@@ -22,11 +26,12 @@ class ModelSpec:
 
     @property
     def timm_name(self) -> str:
+        """NAME or NAME.TAG."""
         return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
 
 
 def parse(text: str) -> ModelSpec:
-    """`senet154.gluon_in1k`, `tf_efficientnet_lite1@lite1.pth`, `resnet18?num_classes=10@runs/a/student.safetensors`.
+    """`senet154.gluon_in1k`, `tf_efficientnet_lite1@~/lite1.pth`, `resnet18?num_classes=10@runs/a/student.safetensors`.
 
     Raises UsageError with the grammar where the text does not follow it.
     """
@@ -41,7 +46,7 @@ def parse(text: str) -> ModelSpec:
         if not key.isidentifier() or not equals:
             raise UsageError(f"model spec '{brief(text)}': '{brief(pair)}' must be key=value")
         kwargs[key] = _literal(value)
-    return ModelSpec(text, architecture, tag, kwargs, checkpoint)
+    return ModelSpec(text, architecture, tag, kwargs, os.path.expanduser(checkpoint))
 
 
 def _literal(value: str) -> Any:

@@ -373,3 +373,11 @@ def test_whatever_a_spec_breaks_is_one_line_that_names_it(spec, words):
 def test_a_classifier_without_dimensions_is_refused(state, tmp_path):
     torch.save({**state, "fc.weight": torch.tensor(3.0)}, tmp_path / "w.pth")
     assert "fc.weight has shape [], not [" in refusal(f"{NAME}@{tmp_path / 'w.pth'}")
+
+
+def test_a_home_is_expanded_and_a_bare_file_asks_for_its_architecture(state, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(state, tmp_path / "w.pth")
+    check_loaded(f"{NAME}@~/w.pth", state)
+    for text in ("~/w.pth", str(tmp_path / "w.pth")):
+        assert refusal(text) == f"model spec '{text}': is a file; say of which architecture: NAME@{text}"

@@ -6,15 +6,45 @@ import pytest
 import torch
 
 from mealfast.errors import UsageError
+from mealfast.machine import lock
 from mealfast.machine.files import brief, reason, shown
 from mealfast.recipe import make_recipe
 from mealfast.record.metrics import Telemetry
 from mealfast.record.run_directory import RunDirectory, refuse_other_recipe
+from mealfast.training.loop import train
 
 
 @pytest.fixture
 def recipe(options):
     return make_recipe(**options)
+
+
+def test_a_run_holds_its_folder_from_before_it_reads_to_its_end(recipe, monkeypatch):
+    """A second is refused, whatever lies there; an ended one, well or not, lets go."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    directory = RunDirectory(recipe.run_dir)
+    directory.path.mkdir()
+    directory.config.write_text("{")
+    with lock.hold(directory.path), pytest.raises(UsageError, match=r"is in use by process \d+ on .+, started "):
+        train(recipe)
+    with pytest.raises(UsageError, match="is damaged"):  # the next gets as far as reading
+        train(recipe)
+    directory.config.unlink()
+    seen = []
+    monkeypatch.setattr("mealfast.record.checkpoint.encode", lambda *of: seen.append(is_held(directory.path)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe)
+    assert seen[0], "while it writes"
+    assert not is_held(directory.path)
+    assert [path.name for path in directory.path.iterdir() if path.name.startswith(".")] == []
+
+
+def is_held(folder) -> bool:
+    try:
+        with lock.hold(folder):
+            return False
+    except UsageError:
+        return True
 
 
 def refusal(recipe) -> str:
