@@ -29,9 +29,11 @@ from PIL import Image
 import mealfast.models.weights
 from mealfast.errors import UsageError
 from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan, pack, train_loader
+from mealfast.machine import lock
 from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
+from mealfast.record.metrics import Telemetry
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training.loop import Run, train
 
@@ -117,6 +119,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def one_line(error: Exception) -> str:
     assert "\n" not in str(error), repr(error)
     assert len(str(error)) > 10, repr(error)
+    assert str(error).isprintable(), repr(error)
     return "refused"
 
 
@@ -169,6 +172,32 @@ def weights(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
             yield "read"
         except UsageError as error:
             yield one_line(error)
+
+
+def run_directories(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
+    """What a run reads again of its own folder: config.json, metrics.jsonl, and what a holder's lock says."""
+    fields = fault_runs.tiny_fields(folder, max_steps=1, eval_start=False, run_dir=str(folder / "run"))
+    recipe, directory = make_recipe(**fields), RunDirectory(folder / "run")
+    train(recipe)
+    paths = (directory.config, directory.path / "metrics.jsonl", directory.path / lock.NAME)
+    lock.PATIENCE = 0.0
+    with lock.hold(directory.path):
+        whole = {path: path.read_bytes() for path in paths}
+        yield ""
+        for number in range(times):
+            for path, data in whole.items():
+                path.write_bytes(mutate(data, rng))
+            try:
+                if number % 3 == 0:
+                    with lock.hold(directory.path):
+                        raise AssertionError("two hold one folder")
+                elif number % 3 == 1:
+                    Telemetry(directory.path, 5, lambda line: line["step"] < 5, lambda line: None).close()
+                else:
+                    directory.check(recipe)
+                yield "read"
+            except UsageError as error:
+                yield one_line(error)
 
 
 def label_caches(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
@@ -313,6 +342,6 @@ def show(index: ImageIndex, backend: str) -> int:
 
 
 KINDS = {
-    "checkpoints": checkpoints, "weights": weights, "label caches": label_caches, "indexes": indexes, "packs": packs,
-    "images": images,
+    "checkpoints": checkpoints, "weights": weights, "run directories": run_directories, "label caches": label_caches,
+    "indexes": indexes, "packs": packs, "images": images,
 }  # fmt: skip
