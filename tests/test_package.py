@@ -155,6 +155,29 @@ def test_the_entry_file_stays_small():
     assert len((ROOT / "mealfast" / "train.py").read_text().splitlines()) < 80
 
 
+def test_lint_does_not_depend_on_what_lies_in_the_checkout(tmp_path):
+    """A folder with the name of any module of tests/ or benchmarks/ (the demo leaves runs/), notes, a notebook, another
+    environment: ruff must find what it finds in a fresh clone."""
+    ruff = Path(sys.executable).parent / "ruff"
+    if not ruff.exists():
+        pytest.skip(f"ruff is not installed beside {Path(sys.executable).name}")
+    for name in ("pyproject.toml", "setup.py", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in (*FOLDERS.values(), "tests", "benchmarks", ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for folder in ("tests", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            (tmp_path / path.stem).mkdir(exist_ok=True)
+    for name in ("build/lib/mealfast", "dist", ".venv2/lib", "htmlcov"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "bad.py").write_text("import   os,sys")
+    (tmp_path / "notes.py").write_text("import   os,sys")
+    (tmp_path / "notes.ipynb").write_text('{"cells": [{"cell_type": "code", "source": ["import   os,sys"]}]}')
+    for argv in (["check"], ["format", "--check"]):
+        done = subprocess.run([str(ruff), *argv, "--no-cache", "."], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 def test_layers_import_downwards_only():
     """loaders imports neither mealfast nor kernels, kernels imports neither mealfast nor loaders."""
     for folder in ("loaders", "kernels"):
