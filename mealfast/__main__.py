@@ -25,12 +25,20 @@ from mealfast.errors import UsageError, alternatives
 # Name: (module, function, what it does). Imported on use: torch and timm take seconds.
 COMMANDS = {
     "train": ("mealfast.train", "train_command", "distil an ensemble of teachers into a student"),
-    "evaluate": ("mealfast.cli.evaluate", "evaluate_command", "measure top-1 and top-5 accuracy, of an ensemble too"),
-    "predict": ("mealfast.cli.predict", "predict_command", "name what is on image files"),
-    "index": ("mealfast.cli.index", "index_command", "list what a folder of images holds, and what cannot be read"),
+    "evaluate": (
+        "mealfast.cli.evaluate",
+        "evaluate_command",
+        "measure the accuracy of models and of their ensemble",
+    ),
+    "predict": ("mealfast.cli.predict", "predict_command", "predict the classes of image files"),
+    "index": ("mealfast.cli.index", "index_command", "describe a folder of images, and what in it cannot be read"),
     "pack": ("mealfast.cli.pack", "pack_command", "pack a folder of images into a few large tar files"),
     "labels": ("mealfast.cli.labels", "labels_command", "build, import, describe or verify a label cache"),
-    "forecast": ("mealfast.cli.forecast", "forecast_command", "measure each stage; predict the hours of a run"),
+    "forecast": (
+        "mealfast.cli.forecast",
+        "forecast_command",
+        "measure the stages of a step, predict a run's hours",
+    ),
     "figures": ("mealfast.figures.curves", "figures_command", "draw the curves of one or more runs"),
     "demo": ("mealfast.cli.demo", "demo_command", "distil handwritten digits, in about three minutes on two cores"),
 }

@@ -36,7 +36,11 @@ def make_parser() -> Parser:
     cache.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="images per batch and process (default: 64)"
     )
-    add_recipe_options(parser, _FIELDS)
+    helps = {
+        "teachers": "model specs of the ensemble (required, unless --recipe names them)",
+        "data": "folder of images, or one that holds them as train/ (required)",
+    }
+    add_recipe_options(parser, _FIELDS, helps)
     return parser
 
 

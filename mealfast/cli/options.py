@@ -8,7 +8,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mealfast.recipe import RECIPES, Recipe, make_recipe
@@ -45,8 +45,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"mealfast: {message} (see {self.prog} --help)\n")
 
 
-def add_recipe_options(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Adds `--recipe`, and one option for every field of `Recipe` (or for those named in `only`), in its groups."""
+def add_recipe_options(
+    parser: argparse.ArgumentParser, only: Collection[str] | None = None, helps: Mapping[str, str] | None = None
+) -> None:
+    """Adds `--recipe`, and one option for every field of `Recipe` (or for those named in `only`), in its groups;
+    `helps` are other words for what fields mean to a command."""
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -59,7 +62,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, only: Collection[str] | 
             continue
         title = field.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        _add_option(group, field, hints[field.name])
+        _add_option(group, field, hints[field.name], (helps or {}).get(field.name, field.metadata["help"]))
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
@@ -76,9 +79,8 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_option(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add_option(group: Any, field: dataclasses.Field[Any], hint: Any, help_text: str) -> None:
     flag = "--" + field.name.replace("_", "-")
-    help_text = field.metadata["help"]
     if "(default: " not in help_text and "(required" not in help_text:  # which says more than the bare value
         help_text += f" (default: {_shown(field.default)})"
     help_text = help_text.replace("%", "%%")
