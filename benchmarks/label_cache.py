@@ -34,6 +34,7 @@ from mealfast.loaders import (
 )
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.recipe import make_recipe
 from mealfast.training.job import assemble
 from mealfast.training.step import TrainStep
@@ -152,7 +153,7 @@ class Student:
 
 def measure(index, plan, cache, args):
     """One row a student, then one with the ratios."""
-    runtime = runtimes.start(args.device, args.amp)
+    runtime = runtimes.start(args.device)
     students = {name: Student(name, index, plan, cache, runtime, args) for name in args.names}
     for student in students.values():
         student.turn(args.seconds / 2)  # compiles, fills queues, reads the cache once
@@ -164,7 +165,8 @@ def measure(index, plan, cache, args):
         student.close()
     settings = {
         "rounds": args.rounds, "student": args.student, "size": args.size, "batch_size": args.batch_size,
-        "loader": args.loader, "threads": args.threads, "precision": runtime.precision, "device": args.device,
+        "loader": args.loader, "threads": args.threads, "device": args.device,
+        "precision": name_of(precision(args.amp, runtime.device)),
         "images": len(index), "views": args.views, "top_k": args.top_k, "classes": args.classes,
     }  # fmt: skip
     for name, values in rates.items():

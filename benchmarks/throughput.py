@@ -39,6 +39,7 @@ from mealfast.errors import UsageError
 from mealfast.loaders import ViewPlan
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.measure import stages
 from mealfast.models.spec import parse as parse_spec
@@ -63,7 +64,7 @@ class Contender:
 
 def main() -> None:
     args = parse()
-    runtime = runtimes.start(args.device, args.amp)
+    runtime = runtimes.start(args.device)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mealfast-benchmark-")))
         try:
@@ -125,8 +126,9 @@ def measure_size(
     """Rows of one size: the contenders at --batch in turns, the stages, then mealfast at the other batches."""
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
-        "size": size, "batch": args.batch, "precision": runtime.precision, "student": recipe.student,
-        "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs, "clocks": clocks(),
+        "size": size, "batch": args.batch, "precision": name_of(precision(args.amp, runtime.device)),
+        "student": recipe.student, "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs,
+        "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
     run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
@@ -140,7 +142,7 @@ def measure_size(
     contender = None
     for contender in contenders:
         extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
-        extra |= {"precision": contender.precision or runtime.precision, "clocks": clocks()}
+        extra |= {"precision": contender.precision or facts["precision"], "clocks": clocks()}
         if contender.name == "mealfast-replayed" and "models-alone" in rates:
             pairs = zip(rates["mealfast-replayed"], rates["models-alone"], strict=True)
             extra["overhead"] = round(statistics.median(1 - step / models for step, models in pairs), 4)
@@ -212,7 +214,7 @@ def baseline(args, runtime, recipe, run, data, scratch) -> Contender:
 def timm_style(args, runtime, recipe, run, data, scratch) -> Contender:
     made = TimmStyle(
         data / "train", recipe.student, recipe.teachers[0], recipe.size, recipe.batch_size, runtime.device,
-        args.workers, runtime.amp_dtype,
+        args.workers, precision(args.amp, runtime.device),
     )  # fmt: skip
     return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)
 

@@ -25,7 +25,7 @@ class TimmStyle:
         batch: int,
         device: torch.device,
         workers: int,
-        amp_dtype: torch.dtype | None,
+        amp_dtype: torch.dtype,
     ) -> None:
         self.device, self.amp_dtype = device, amp_dtype
         self.student = timm.create_model(student).to(device, memory_format=torch.channels_last).train()
@@ -48,7 +48,7 @@ class TimmStyle:
 
     def step(self) -> None:
         images = self.next_batch().to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
                 target = self.teacher(images).float().softmax(dim=1)  # [B, C]
             logits = self.student(images)

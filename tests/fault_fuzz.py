@@ -139,7 +139,7 @@ def checkpoints(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
     (path,) = checkpoint.candidates(folder / "run" / "checkpoints")
     data, target = path.read_bytes(), folder / "c.pt"
     recipe = make_recipe(**{**fields, "resume": str(target)})
-    run = Run(make_recipe(**fields), runtimes.start("cpu", "off"), RunDirectory(folder / "run"))
+    run = Run(make_recipe(**fields), runtimes.start("cpu"), RunDirectory(folder / "run"))
     yield ""
     for number in range(times):
         target.write_bytes(mutate(data, rng) if number % 2 else mutated_member(data, rng))

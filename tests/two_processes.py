@@ -20,7 +20,7 @@ from mealfast.training.step import TrainStep
 
 
 def main() -> None:
-    runtime = start("cpu", "off")
+    runtime = start("cpu")
     step = TrainStep.__call__
 
     def recorded(self, batch, number):

@@ -73,7 +73,7 @@ def evaluate_command(argv: list[str]) -> int:
 
     from mealfast.machine import processes as runtimes
 
-    runtime = runtimes.start(options.device, options.amp)
+    runtime = runtimes.start(options.device)
     try:
         result = run(options, runtime)
     finally:
@@ -89,11 +89,14 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
 
     from mealfast.cli.confusion import Confusion, Labelled, draw, output_names
     from mealfast.loaders import eval_loader
+    from mealfast.machine.precision import name_of, precision
     from mealfast.method.data import label_map
     from mealfast.models import normalised as models
     from mealfast.models.ensemble import FrozenEnsemble
+    from mealfast.models.layout import default_layout
     from mealfast.training.scoring import evaluate
 
+    layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
     with runtime.main_first():
         index = _scan(options.data, options.loader_threads, runtime)
     for spec in options.model:
@@ -113,10 +116,8 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
 
     # One loader a kind of view: models that see the same views share one, and one decoding.
     kinds = list(dict.fromkeys(views))
-    ensembles = [
-        FrozenEnsemble([m for m, v in zip(loaded, views, strict=True) if v == kind], runtime, compile=options.compile)
-        for kind in kinds
-    ]
+    seen = [[model for model, view in zip(loaded, views, strict=True) if view == kind] for kind in kinds]
+    ensembles = [FrozenEnsemble(some, runtime, compile=options.compile, layouts=[layout] * len(some)) for some in seen]
     order = [number for kind in kinds for number, view in enumerate(views) if view == kind]
 
     def predict(*images: torch.Tensor) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ def forecast_command(argv: list[str]) -> int:
     from mealfast.training import report as run_report
     from mealfast.training.loop import Run
 
-    runtime = runtimes.start(recipe.device, recipe.amp)
+    runtime = runtimes.start(recipe.device)
     try:
         run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
 

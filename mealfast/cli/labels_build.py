@@ -57,7 +57,7 @@ def build_command(argv: list[str]) -> int:
     from mealfast.labels.build import build
     from mealfast.machine import processes as runtimes  # torch and timm take seconds to import: not for --help
 
-    runtime = runtimes.start(recipe.device, recipe.amp)
+    runtime = runtimes.start(recipe.device)
     try:
         header = build(
             recipe, runtime, Path(options.out), views=options.views, top_k=options.top_k, batch_size=options.batch_size

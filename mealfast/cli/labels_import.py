@@ -43,7 +43,7 @@ def import_command(argv: list[str]) -> int:
     from mealfast.labels.fkd_import import import_fkd
     from mealfast.machine import processes as runtimes
 
-    index = training_images(options.data, runtimes.start("cpu", "off"), options.loader_threads)
+    index = training_images(options.data, runtimes.start("cpu"), options.loader_threads)
     header = import_fkd(
         Path(options.labels), index, Path(options.out), views=options.views, flavour=options.label_type,
         classes=options.classes,

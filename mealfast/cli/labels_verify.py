@@ -50,13 +50,14 @@ def verify_command(argv: list[str]) -> int:
     from mealfast.labels.build import training_images
     from mealfast.loaders import LabelCache
     from mealfast.machine import processes as runtimes
+    from mealfast.machine.precision import name_of, precision
 
     cache = LabelCache(options.cache)
     result: dict[str, Any] = {"views": cache.header.views, "checked": labels_verify.check_files(cache)}
     if options.data and cache.header.explicit:
         if options.teachers:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
-        runtime = runtimes.start("cpu", "off")
+        runtime = runtimes.start("cpu")
         labels_verify.check_images(cache, training_images(options.data, runtime, options.loader_threads), options.data)
     elif options.data:
         header = cache.header
@@ -73,10 +74,11 @@ def verify_command(argv: list[str]) -> int:
                 "compile": header.made_with.get("compiled") is True,
             },
         )
-        runtime = runtimes.start(recipe.device, recipe.amp)
+        runtime = runtimes.start(recipe.device)
         try:
             index = training_images(recipe.data, runtime, recipe.loader_threads)
-            dtypes = None if options.amp else labels_verify.dtypes_of(header, runtime.precision)
+            dtype = name_of(precision(recipe.amp, runtime.device))
+            dtypes = None if options.amp else labels_verify.dtypes_of(header, dtype)
             result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample, dtypes)
         finally:
             runtimes.stop()

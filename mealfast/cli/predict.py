@@ -73,7 +73,7 @@ def predict_command(argv: list[str]) -> int:
             f"model spec {options.model!r}: has no weights; give a tag or a checkpoint, for instance "
             f"{options.model}@FILE"
         )
-    runtime = runtimes.start(options.device, "off")
+    runtime = runtimes.start(options.device)
     model = models.build(options.model, options.size)
     views = eval_views(options, model)
     models.probe(model, options.model, views.size)

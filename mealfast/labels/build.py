@@ -33,6 +33,7 @@ from mealfast.loaders import (
     plan_fields,
     read_header,
 )
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.models import normalised as models
 from mealfast.models import tuning as teacher_setup
@@ -193,7 +194,7 @@ def cache_header(
         made_with={
             "batch_size": batch_size,
             "rows_per_part": PART_BATCHES * batch_size,
-            "precision": runtime.precision,
+            "precision": name_of(precision(recipe.amp, runtime.device)),
             "loader": recipe.loader,
             "compiled": teachers.compiled,
             "layouts": teachers.layouts,

@@ -10,6 +10,7 @@ import numpy as np
 from mealfast.errors import UsageError
 from mealfast.labels.build import LabelTeachers, compare, load_teachers, top_k_targets
 from mealfast.loaders import CacheHeader, ImageIndex, LabelCache, ViewPlan, label_loader
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
@@ -56,14 +57,14 @@ def recompute(
     dtypes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Labels `batches` whole batches, spread over views and images, anew and compares them with the cache. `dtypes`
-    are what the teachers compute in, None: the runtime's precision.
+    are what the teachers compute in, None: what `--amp` says.
 
     Returns {"images", "mean_total_variation", "largest_total_variation"}. Raises UsageError: other images, other
     teachers, or targets that differ by more than rounding.
     """
     check_images(cache, index, recipe.data)
     header = cache.header
-    dtypes = dtypes or [runtime.precision] * len(recipe.teachers)
+    dtypes = dtypes or [name_of(precision(recipe.amp, runtime.device))] * len(recipe.teachers)
     teachers = load_teachers(recipe, runtime).as_they_are(runtime, dtypes)
     for given, known in zip(teachers.described, header.teachers, strict=False):
         if given["digest"] != known["digest"]:

@@ -1,4 +1,4 @@
-"""Processes, device and precision: what torchrun and the machine decide.
+"""Processes and device: what torchrun and the machine decide.
 
 One process drives one device. Without torchrun there is one process.
 """
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,29 +29,18 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among its peers, its device, and the dtype that autocast computes in (None: no autocast)."""
+    """This process among its peers, and its device."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
-    amp_dtype: torch.dtype | None
     timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)  # of waiting for other processes
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def precision(self) -> str:
-        """What the models compute in: "float32", "bfloat16" or "float16"."""
-        return str(self.amp_dtype or torch.float32).removeprefix("torch.")
-
-    def autocast(self) -> AbstractContextManager[None]:
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.amp_dtype)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -86,7 +75,7 @@ class Runtime:
         return items
 
 
-def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIMEOUT) -> Runtime:
+def start(device: str = "auto", *, timeout: int = COLLECTIVE_TIMEOUT) -> Runtime:
     """Joins the process group that torchrun describes and picks the device. Raises UsageError.
 
     `timeout`: seconds after which waiting for another process fails.
@@ -97,7 +86,6 @@ def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIM
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = _device(device, local_rank, local_world_size)
-    amp_dtype = precision(amp, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         _prefer_speed()
@@ -107,7 +95,7 @@ def start(device: str = "auto", amp: str = "auto", timeout: int = COLLECTIVE_TIM
             dist.init_process_group("nccl", device_id=chosen, **found)
         else:
             dist.init_process_group("gloo", **found)
-    return Runtime(rank, world_size, local_rank, local_world_size, chosen, amp_dtype, patience)
+    return Runtime(rank, world_size, local_rank, local_world_size, chosen, patience)
 
 
 def _prefer_speed() -> None:
@@ -159,28 +147,6 @@ def _device(option: str, local_rank: int, local_world_size: int) -> torch.device
             f"use --nproc-per-node {gpus} or fewer"
         )
     return torch.device("cuda", local_rank)
-
-
-def precision(option: str, device: torch.device) -> torch.dtype | None:
-    """`--amp` as autocast's dtype; None is float32 throughout. Raises UsageError."""
-    if option == "off":
-        return None
-    if option == "fp16":
-        if device.type == "cpu":
-            raise UsageError("--amp fp16 needs a GPU: on the CPU use --amp bf16 or --amp off")
-        return torch.float16
-    if option == "bf16":
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UsageError("--amp bf16: this GPU has no bfloat16 arithmetic; use --amp fp16 or --amp off")
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if has_amx() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else None
-
-
-def has_amx() -> bool:
-    """Whether the CPU has tiles, with which bf16 is 4 times as fast as float32, whatever the network."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -16,7 +16,7 @@ from mealfast.machine.cuda_graphs import CapturedForward
 from mealfast.machine.processes import Runtime
 from mealfast.models import normalised as models
 from mealfast.models.folding import fold_batch_norms
-from mealfast.models.layout import DTYPES, FORMATS, Choice, Layout, choose, default_layout, seconds_of
+from mealfast.models.layout import DTYPES, FORMATS, Choice, Layout, choose, seconds_of
 
 
 class Teacher(nn.Module):
@@ -67,10 +67,9 @@ class FrozenEnsemble:
         runtime: Runtime,
         *,
         compile: bool,
-        layouts: Sequence[Layout] | None = None,
+        layouts: Sequence[Layout],
     ) -> None:
-        """Takes the models over: they are folded, cast and moved. `layouts` are one a teacher; None: the default's."""
-        layouts = layouts or [default_layout(runtime.precision, compile)] * len(teachers)
+        """Takes the models over: they are folded, cast and moved. `layouts` are one a teacher."""
         members = []
         for model, layout in zip(teachers, layouts, strict=True):
             fold(model, runtime.device)

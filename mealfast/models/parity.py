@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mealfast.errors import UsageError
+from mealfast.machine.precision import name_of
 from mealfast.machine.processes import Runtime
 from mealfast.models import normalised as models
 
@@ -85,8 +86,8 @@ def compare(
     return found
 
 
-def check(found: Sequence[Parity], runtime: Runtime) -> None:
-    """Refuses teachers whose targets would be wrong. Raises UsageError."""
+def check(found: Sequence[Parity], dtype: torch.dtype) -> None:
+    """Refuses teachers whose targets would be wrong; `dtype` is what `--amp` asked for. Raises UsageError."""
     for parity in found:
         if not parity.finite_in_float32:
             raise UsageError(
@@ -94,8 +95,8 @@ def check(found: Sequence[Parity], runtime: Runtime) -> None:
             )
         if not parity.finite:
             raise UsageError(
-                f"--teachers {parity.spec}: gives non-finite logits in {runtime.precision}: use --amp "
-                f"{'bf16' if runtime.amp_dtype == torch.float16 else 'off'}"
+                f"--teachers {parity.spec}: gives non-finite logits in {name_of(dtype)}: use --amp "
+                f"{'bf16' if dtype == torch.float16 else 'off'}"
             )
         if not parity.holds():
             raise UsageError(

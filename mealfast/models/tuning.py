@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.models import normalised as models
 from mealfast.models import parity
@@ -57,14 +58,15 @@ def prepare(
 
     `specs` names them (None: they are the recipe's live ones). `earlier` maps keys to the layouts that the run being
     resumed had: another layout would round differently. Takes the models over. A teacher that does not say in the
-    run's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
+    recipe's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
     """
     specs = recipe.live_teachers if specs is None else specs
+    wanted = precision(recipe.amp, runtime.device)
     references = parity.reference_logits(teachers, images, runtime)
     for teacher in teachers:
         fold(teacher, runtime.device)
     defaults = [
-        default_layout(_fine_enough(spec, teacher, images, reference, runtime), compile)
+        default_layout(_fine_enough(spec, teacher, images, reference, wanted, runtime), compile)
         for spec, teacher, reference in zip(specs, teachers, references, strict=True)
     ]
     # The main process chooses for all.
@@ -90,16 +92,17 @@ def prepare(
                 reason = str(error).strip().splitlines()[0]
                 print(f"note: the teachers cannot be captured as a CUDA graph ({reason}): run without", file=sys.stderr)
     found = parity.compare(specs, ensemble(images), references, runtime)
-    parity.check(found, runtime)
+    parity.check(found, wanted)
     return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
 
 
 def _fine_enough(
-    spec: str, teacher: models.NormalizedModel, images: torch.Tensor, reference: torch.Tensor, runtime: Runtime
-) -> str:
-    """The run's dtype, or the next finer one in which a folded teacher says on these images what it says in float32."""
-    dtypes = [runtime.precision, "float32"]
-    if runtime.device.type == "cuda" and runtime.precision == "bfloat16":
+    spec: str, teacher: models.NormalizedModel, images: torch.Tensor, reference: torch.Tensor, wanted: torch.dtype,
+    runtime: Runtime,
+) -> str:  # fmt: skip
+    """`wanted`, or the next finer dtype in which a folded teacher says on these images what it says in float32."""
+    dtypes = [name_of(wanted), "float32"]
+    if runtime.device.type == "cuda" and wanted == torch.bfloat16:
         dtypes.insert(1, "float16")  # as fast, and rounds an eighth as much: but its range is small
     for dtype, finer in pairwise(dict.fromkeys(dtypes)):
         ours = logits_in(teacher, default_layout(dtype, compile=False), images)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from mealfast.errors import UsageError
 from mealfast.labels.fit import open_label_cache
 from mealfast.loaders import LabelCache
 from mealfast.machine.cuda_graphs import on_side_stream
-from mealfast.machine.processes import Runtime, has_amx
+from mealfast.machine.precision import autocast, has_amx, name_of, precision
+from mealfast.machine.processes import Runtime
 from mealfast.method.discriminator import Discriminator
 from mealfast.method.objective import Objective
 from mealfast.models import normalised as models
@@ -30,11 +31,11 @@ from mealfast.recipe import Recipe
 class Trainee(nn.Module):
     """What is trained, as one module: student, and in the objective the discriminator. One module is one DDP."""
 
-    def __init__(self, student: models.NormalizedModel, objective: Objective, runtime: Runtime) -> None:
+    def __init__(self, student: models.NormalizedModel, objective: Objective, dtype: torch.dtype) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
-        self._runtime = runtime
+        self._dtype = dtype
 
     def forward(self, images: torch.Tensor, teacher_logits: Sequence[torch.Tensor], *rest: Any) -> Any:
         """uint8 images [B, H, W, 3], K teachers' logits [B, C], what else the objective takes -> (loss, terms)."""
@@ -42,13 +43,13 @@ class Trainee(nn.Module):
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """The student's logits [B, C] of uint8 images [B, H, W, 3], in its precision."""
-        with self._runtime.autocast():
+        with autocast(images.device, self._dtype):
             return self.student(images)
 
     @property
     def precision(self) -> str:
         """What the student computes in: "float32", "bfloat16" or "float16"."""
-        return self._runtime.precision
+        return name_of(self._dtype)
 
 
 @dataclass
@@ -94,27 +95,27 @@ def assemble(recipe: Recipe, runtime: Runtime, *, writes_cache: bool = False) ->
     discriminator = None if mode == "off" else Discriminator(student.num_classes, mode)
     compile = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     trainee = Trainee(
-        student, Objective(recipe.hard_label_weight, discriminator), _of_student(student, recipe, runtime)
+        student, Objective(recipe.hard_label_weight, discriminator), _student_precision(student, recipe, runtime)
     )
     trainee.to(runtime.device, memory_format=torch.channels_last).train()
     if compile:
         trainee.student.compile(dynamic=False)  # in place: the state dict keeps timm's keys
     optimizer = make_optimizer(recipe, trainee, runtime)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision(recipe.amp, runtime.device) == torch.float16)
     wrapped = _distributed(trainee, recipe, runtime)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
     return Parts(trainee, wrapped, teachers, None, digests, live_teachers, label_cache, optimizer, scaler, compile)
 
 
-def _of_student(student: nn.Module, recipe: Recipe, runtime: Runtime) -> Runtime:
-    """The runtime with the student's precision; the teachers' are measured one by one."""
+def _student_precision(student: nn.Module, recipe: Recipe, runtime: Runtime) -> torch.dtype:
+    """What the student computes in; what each teacher does is measured."""
     # On a CPU with AVX512-BF16 alone bf16 is twice as fast as float32 for ResNets, and half to three quarters as fast
     # for MobileNets and EfficientNets.
     depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in student.modules())
     if recipe.amp == "auto" and runtime.device.type == "cpu" and depthwise and not has_amx():
-        return replace(runtime, amp_dtype=None)
-    return runtime
+        return torch.float32
+    return precision(recipe.amp, runtime.device)
 
 
 def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> None:
@@ -123,7 +124,7 @@ def _check_cuda_graphs(recipe: Recipe, runtime: Runtime, writes_cache: bool) -> 
     option = f"--cuda-graphs {recipe.cuda_graphs}"
     if runtime.device.type != "cuda":
         raise UsageError(f"{option} needs a GPU: leave it out on the CPU")
-    if recipe.cuda_graphs == "step" and runtime.amp_dtype == torch.float16:
+    if recipe.cuda_graphs == "step" and precision(recipe.amp, runtime.device) == torch.float16:
         raise UsageError(f"{option} cannot scale float16 gradients: use --amp bf16, or --cuda-graphs ensemble")
     if recipe.cuda_graphs == "step" and writes_cache:
         raise UsageError(

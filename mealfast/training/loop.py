@@ -17,6 +17,7 @@ from mealfast.loaders import Batch, ExplicitViews, ViewPlan, train_loader
 from mealfast.machine import processes as runtimes
 from mealfast.machine.files import write_json
 from mealfast.machine.processes import Runtime
+from mealfast.machine.stop_signal import Agreement, StopSignal
 from mealfast.measure import forecast
 from mealfast.method import data as splits
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
@@ -35,7 +36,6 @@ from mealfast.training.bad_steps import BadSteps
 from mealfast.training.finish import finish
 from mealfast.training.job import assemble
 from mealfast.training.step import TrainStep
-from mealfast.training.stop_signal import StopSignal
 from mealfast.training.validation import Validation
 
 
@@ -46,7 +46,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     run_directory = RunDirectory(recipe.run_dir)
     run_directory.check(recipe)
-    runtime = runtimes.start(recipe.device, recipe.amp, recipe.collective_timeout)
+    runtime = runtimes.start(recipe.device, timeout=recipe.collective_timeout)
     summary = Run(recipe, runtime, run_directory).train()
     # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
     runtimes.stop()
@@ -117,7 +117,7 @@ class Run:
             self.writer = CheckpointWriter(
                 self.directory.checkpoints, recipe.keep, self.progress.say, before=self.telemetry.sync
             )
-        self.began, self.stop_signal = time.perf_counter(), StopSignal(runtime)
+        self.began, self.stop_signal, self.agreed = time.perf_counter(), StopSignal().__enter__(), Agreement(runtime)
         loader = None
         try:
             introduction = run_report.introduction(recipe, runtime, self.parts, self.data, self.steps_per_epoch)
@@ -160,7 +160,7 @@ class Run:
             self.step += 1
             self.bad_steps.note(self.train_step.skipped)
             self._log_if_due(began, waited)
-            stopping = self.stop_signal.agreed() or self.bad_steps.too_many
+            stopping = bool(self.agreed(self.stop_signal.asked)) or self.bad_steps.too_many
             evaluating = self._evaluates_at(self.step) or self.step == self.last_step
             if evaluating:
                 self._evaluate()
@@ -392,7 +392,7 @@ class Run:
 
     def _close(self, loader: Any, error: BaseException | None = None) -> None:
         """Leaves no thread, handler or half-written file behind, whatever ended the run."""
-        self.stop_signal.restore()
+        self.stop_signal.__exit__()
         if self.writer and isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: at once
             self.writer.abandon(2.0)
         if loader is not None:

@@ -140,7 +140,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="4 processes on a machine with 2 GPUs: use --nproc-per-node 2"):
-        runtimes.start("auto", "off")
+        runtimes.start("auto")
 
 
 def test_the_same_teacher_twice(capfd, good, weights, tmp_path):

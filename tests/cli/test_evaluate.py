@@ -49,7 +49,7 @@ def test_scores_and_kl_are_numpys(classes, pad_to):
         return [torch.from_numpy(one)[rows] for one in logits]
 
     result = evaluate(
-        predict, 3, [batches(torch.from_numpy(labels), (8, 8, 7))], start("cpu", "off"), ensemble=(1, 2), student=0,
+        predict, 3, [batches(torch.from_numpy(labels), (8, 8, 7))], start("cpu"), ensemble=(1, 2), student=0,
         pad_to=pad_to,
     )  # fmt: skip
     assert seen == ([8, 8, 8] if pad_to else [8, 8, 7])
@@ -68,11 +68,11 @@ def test_scores_and_kl_are_numpys(classes, pad_to):
 def test_one_teacher_has_a_kl_and_no_ensemble():
     labels = torch.zeros(4, dtype=torch.int64)
     logits = [torch.randn(4, 6), torch.randn(4, 6)]
-    result = evaluate(lambda _: logits, 2, [batches(labels, (4,))], start("cpu", "off"), ensemble=(1,), student=0)
+    result = evaluate(lambda _: logits, 2, [batches(labels, (4,))], start("cpu"), ensemble=(1,), student=0)
     assert result.ensemble is None
     p, q = (torch.softmax(one.double(), 1) for one in reversed(logits))
     assert result.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
-    alone = evaluate(lambda _: logits, 2, [batches(labels, (4,))], start("cpu", "off"))
+    alone = evaluate(lambda _: logits, 2, [batches(labels, (4,))], start("cpu"))
     assert alone.ensemble is alone.kl is None
 
 
@@ -89,7 +89,7 @@ def totals(tree, world_size: int):
             means = images.float().mean(dim=(1, 2))
             return [means, means / 2]
 
-        result = evaluate(predict, 2, [loader], start("cpu", "off"), ensemble=(1,), student=0)
+        result = evaluate(predict, 2, [loader], start("cpu"), ensemble=(1,), student=0)
         loader.close()
         score = result.models[0]
         found += np.array([score.top1 / 100, 1, result.kl]) * score.images

@@ -91,7 +91,7 @@ class TestOnAGpu:
 
     def test_captured_teachers_say_the_same(self, fields, tmp_path, exact_cuda):
         recipe = make_recipe(**{**fields, "device": "cuda", "amp": "off", "run_dir": str(tmp_path)})
-        runtime = runtimes.start("cuda", "off")
+        runtime = runtimes.start("cuda")
         run = Run(recipe, runtime, RunDirectory(recipe.run_dir))
         ensemble = run.parts.teachers
         assert ensemble._captured is not None
@@ -125,7 +125,7 @@ class TestOnAGpu:
     def test_a_replayed_step_does_not_wait_for_the_device(self, fields, tmp_path):
         settings = {**fields, **ALL, "device": "cuda", "cuda_graphs": "step", "run_dir": str(tmp_path)}
         recipe = make_recipe(**settings)
-        run = Run(recipe, runtimes.start("cuda", "auto"), RunDirectory(recipe.run_dir))
+        run = Run(recipe, runtimes.start("cuda"), RunDirectory(recipe.run_dir))
         loader = run.loader(0, 8)
         try:
             for step, batch in enumerate(loader):

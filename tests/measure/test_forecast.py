@@ -17,7 +17,7 @@ from mealfast.training.loop import Run, train
 
 from ..runs import assert_same_run
 
-CPU = runtimes.start("cpu", "off")
+CPU = runtimes.start("cpu")
 
 
 def made_run(options, **changes):

@@ -22,8 +22,7 @@ from mealfast.record.checkpoint import newest
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training.loop import Run, train
 
-CPU = runtimes.start("cpu", "off")
-BF16 = runtimes.start("cpu", "bf16")
+CPU = runtimes.start("cpu")
 LAYOUTS = [Layout(memory, dtype, False) for memory in teacher_layout.FORMATS for dtype in ("float32", "bfloat16")]
 
 
@@ -45,8 +44,7 @@ def test_every_layout_says_what_timms_model_says(weights, images, layout):
     with torch.no_grad():
         expected = reference((images.permute(0, 3, 1, 2) / 255 - mean) / std)
     ensemble = FrozenEnsemble(
-        [models.build(f"test_resnet@{path}", 32)], CPU if layout.dtype == "float32" else BF16, compile=False,
-        layouts=[layout],
+        [models.build(f"test_resnet@{path}", 32)], CPU, compile=False, layouts=[layout]
     )  # fmt: skip
     (logits,) = ensemble(images)
     atol = (1e-5 if layout.dtype == "float32" else 0.03) * float(expected.abs().max())
@@ -161,17 +159,17 @@ def test_parity_is_the_mean_difference_and_the_share_that_agrees():
     assert (found.agreement, found.agreement_or_tie, found.images) == (0.5, 0.5, 2)
     (tie,) = parities([[0.0, 0.01, 0.0]], [[0.01, 0.0, 0.0]])
     assert (tie.agreement, tie.agreement_or_tie) == (0.0, 1.0)
-    parity.check([tie], CPU)
+    parity.check([tie], torch.float32)
     with pytest.raises(UsageError, match=r"--teachers t: .*50\.0% of 2 images agree"):
-        parity.check([found], CPU)
+        parity.check([found], torch.float32)
     (shifted,) = parities([[0.0, 2.2, 0.0]], [[0.0, 2.0, 0.0]])  # the same class first, with other probabilities
     with pytest.raises(UsageError, match=r"100\.0% of 1 images agree.* probabilities 2\.\de-02"):
-        parity.check([shifted], CPU)
+        parity.check([shifted], torch.float32)
 
 
 def test_a_teacher_that_needs_float32_gets_it(options, weights, needs_float32, capfd):
     specs = (f"test_resnet@{needs_float32}", f"test_resnet@{weights('test_resnet', 3)}")
-    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "bf16"}), BF16, RunDirectory(options["run_dir"]))
+    run = Run(make_recipe(**{**options, "teachers": specs, "amp": "bf16"}), CPU, RunDirectory(options["run_dir"]))
     fine, other = run.teacher_reports
     assert (fine.choice.layout.dtype, fine.parity.agreement) == ("float32", 1.0)
     assert "bfloat16" in str(other.choice.images_per_second)
@@ -184,10 +182,10 @@ def test_a_teacher_that_needs_float32_gets_it(options, weights, needs_float32, c
 def test_non_finite_teachers_are_refused_with_what_helps():
     (nan,) = parities([[float("nan"), 0.0]], [[float("nan"), 0.0]])
     with pytest.raises(UsageError, match="non-finite logits on training images: its weights are damaged"):
-        parity.check([nan], CPU)
+        parity.check([nan], torch.float32)
     (overflow,) = parities([[float("inf"), 0.0]], [[1.0, 0.0]])
     with pytest.raises(UsageError, match="non-finite logits in bfloat16: use --amp off"):
-        parity.check([overflow], BF16)
+        parity.check([overflow], torch.bfloat16)
 
 
 def test_a_teacher_that_breaks_on_real_images_is_refused_by_the_command(options, weights, tmp_path, capfd):

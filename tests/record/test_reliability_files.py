@@ -145,7 +145,7 @@ def test_another_number_of_threads_or_processes_is_noted(started):
     from mealfast.machine import processes as runtime
     from mealfast.training import resume as run_state
 
-    here, state = runtime.start("cpu", "off"), last(started["run_dir"])
+    here, state = runtime.start("cpu"), last(started["run_dir"])
     assert run_state.notes(state, here) == []
     (note,) = run_state.notes({**state, "threads": torch.get_num_threads() + 3}, here)
     assert f"with {torch.get_num_threads() + 3} CPU threads a process, now there are {torch.get_num_threads()}" in note

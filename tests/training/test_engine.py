@@ -12,6 +12,7 @@ import torch
 from mealfast.errors import UsageError
 from mealfast.loaders import Batch, ImageIndex, ViewPlan
 from mealfast.machine import processes as runtimes
+from mealfast.machine.precision import name_of, precision
 from mealfast.models.spec import parse
 from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
@@ -27,7 +28,7 @@ STEPS_PER_EPOCH = 3  # 25 images in batches of 8
 
 def make_run(options, **changes) -> Run:
     recipe = make_recipe(**{**options, **changes})
-    return Run(recipe, runtimes.start("cpu", "off"), RunDirectory(recipe.run_dir))
+    return Run(recipe, runtimes.start("cpu"), RunDirectory(recipe.run_dir))
 
 
 def metrics(recipe_or_dir, kind):
@@ -334,8 +335,8 @@ def test_auto_is_bf16_on_cpus_where_it_is_faster(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     changes = {"amp": "auto", "student": f"{student}@{weights(student, 1)}", "run_dir": str(tmp_path)}
-    runtime = runtimes.start("cpu", "auto")
-    assert runtime.precision == ("bfloat16" if avx512 else "float32")
+    runtime = runtimes.start("cpu")
+    assert name_of(precision("auto", runtime.device)) == ("bfloat16" if avx512 else "float32")
     run = Run(make_recipe(**{**fields, **changes}), runtime, RunDirectory(tmp_path))
     assert run.parts.trainee.precision == expected
     logits = run.parts.trainee.logits(next(iter(run.loader(0, 1))).images)

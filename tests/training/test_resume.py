@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from mealfast.errors import UsageError
-from mealfast.machine import processes as runtimes
+from mealfast.machine.stop_signal import SIGNALS, StopSignal
 from mealfast.recipe import make_recipe
 from mealfast.record import checkpoint
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training.loop import train
 from mealfast.training.step import TrainStep
-from mealfast.training.stop_signal import StopSignal
 
 from ..runs import assert_same_run, differences, last, lines, lines_but_speeds
 
@@ -223,15 +222,31 @@ def test_sigterm_ends_a_run_well_and_it_resumes(everything, tmp_path):
 
 
 def test_a_second_interrupt_ends_at_once_and_handlers_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    stop = StopSignal(runtimes.start("cpu", "off"))
-    try:
-        assert not stop.agreed()
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignal() as stop:
+        assert not stop.asked
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        for number in SIGNALS:
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_each_signal_asks_and_one_that_was_ignored_stays_so(number):
+    """Under nohup SIGHUP is ignored. SIGTERM and SIGINT are heard all the same: a shell starts background jobs with the
+    latter ignored."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.asked == (number in (signal.SIGTERM, signal.SIGINT))
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        stop.restore()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        signal.signal(number, before)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked
