@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import fault_runs
@@ -27,7 +28,16 @@ from PIL import Image
 
 import mealfast.models.weights
 from mealfast.errors import UsageError
-from mealfast.loaders import DataError, ImageIndex, LabelCache, ViewPlan, pack, train_loader
+from mealfast.loaders import (
+    DataError,
+    ImageIndex,
+    LabelCache,
+    LabelWriter,
+    ViewPlan,
+    claim_label_cache,
+    pack,
+    train_loader,
+)
 from mealfast.machine import lock
 from mealfast.machine import processes as runtimes
 from mealfast.recipe import make_recipe
@@ -205,7 +215,7 @@ def run_directories(folder: Path, times: int, rng: random.Random) -> Iterator[st
 
 def label_caches(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
     """Header or targets."""
-    from test_label_cache import make_header, write
+    from loaders.test_label_cache import make_header, write  # of tests/, whose programs have it first on sys.path
 
     whole, target = folder / "whole", folder / "cache"
     write(whole, make_header())
@@ -228,6 +238,33 @@ def label_caches(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
             yield "read"
         except DataError as error:
             yield one_line(error)
+
+
+def growing_label_caches(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
+    """Header or rows of views that are not complete: what they lose is made again, and the views are the same."""
+    from loaders.test_label_cache import N, add, content, make_header, write
+
+    whole, begun, target = folder / "whole", folder / "begun", folder / "cache"
+    write(whole, make_header())
+    with claim_label_cache(begun, make_header()), closing(LabelWriter(begun)) as writer:
+        for view, first, last in ((0, 0, 9), (0, 9, 20), (2, 5, N), (0, 18, N)):
+            add(writer, view, np.arange(first, last))
+    views = {name: data for name, data in content(whole).items() if name.startswith("view")}
+    yield ""
+    for _ in range(times):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(begun, target)
+        name = rng.choice(["header.json", "rows-0000-0.bin", "rows-0000-0.bin", "rows-0002-0.bin"])
+        (target / name).write_bytes(mutate((target / name).read_bytes(), rng))
+        try:
+            write(target, make_header())
+        except DataError as error:
+            yield one_line(error)
+        else:
+            made = content(target)
+            assert made.keys() == views.keys() | {"header.json"}
+            assert all(made[name] == data for name, data in views.items())
+            yield "made"
 
 
 def indexes(folder: Path, times: int, rng: random.Random) -> Iterator[str]:
@@ -346,5 +383,5 @@ def show(index: ImageIndex, backend: str) -> int:
 
 KINDS = {
     "checkpoints": checkpoints, "weights": weights, "run directories": run_directories, "label caches": label_caches,
-    "indexes": indexes, "packs": packs, "images": images,
+    "growing label caches": growing_label_caches, "indexes": indexes, "packs": packs, "images": images,
 }  # fmt: skip

@@ -72,6 +72,20 @@ def whole(writing, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def left(writing, tmp_path_factory):
+    """A run that stopped after two steps of the second epoch, with its cache beside it."""
+    folder = tmp_path_factory.mktemp("left") / "run"
+    run(writing, folder, max_steps=5)
+    return folder
+
+
+@pytest.fixture
+def taken_up(left, tmp_path):
+    """A copy of it to go on with, and the copy's cache."""
+    return Path(shutil.copytree(left, tmp_path / "run")), Path(shutil.copytree(f"{left}-cache", tmp_path / "run-cache"))
+
+
+@pytest.fixture(scope="module")
 def built(tree, teachers, tmp_path_factory):
     """What `labels build` makes of the same views in batches of the same size."""
     folder = tmp_path_factory.mktemp("built") / "cache"
@@ -235,9 +249,8 @@ def test_sigkill(writing, whole, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "no cache"])
-def test_a_cache_that_lost_targets_has_them_made_again(writing, whole, tmp_path, harm):
-    run(writing, tmp_path / "run", max_steps=5)
-    cache = tmp_path / "run-cache"
+def test_a_cache_that_lost_targets_has_them_made_again(writing, whole, taken_up, harm):
+    folder, cache = taken_up
     (rows,) = cache.glob("rows-*")
     assert rows.stat().st_size == 2 * 8 + 16 * (8 + 4 * K)
     if harm == "cut":
@@ -249,33 +262,31 @@ def test_a_cache_that_lost_targets_has_them_made_again(writing, whole, tmp_path,
         os.truncate(cache / "view-0000.bin", 9)
     else:
         shutil.rmtree(cache)
-    run(writing, tmp_path / "run")
+    run(writing, folder)
     assert_close(cache, f"{whole}-cache")
     assert sorted(content(cache)) == sorted(content(f"{whole}-cache"))
 
 
-def test_another_run_goes_on_with_a_cache_that_a_run_left(writing, whole, tmp_path, capsys):
+def test_another_run_goes_on_with_a_cache_that_a_run_left(writing, whole, taken_up, tmp_path, capsys):
     """Teachers run for the second view only; the first is read."""
-    run(writing, tmp_path / "first", max_steps=5)
-    assert "2 of 2" not in capsys.readouterr().err
-    shutil.copytree(tmp_path / "first-cache", tmp_path / "second-cache")
-    run(writing, tmp_path / "second", label_cache_views=None, label_cache_top_k=None, seed=3)
+    assert [one.view for one in LabelCache(taken_up[1]).header.complete] == [0]
+    run(writing, tmp_path / "second", taken_up[1], label_cache_views=None, label_cache_top_k=None, seed=3)
     shown = capsys.readouterr().err
     assert "1 of 2 views complete; the teachers run in epochs 2 to 2" in shown
-    assert_close(tmp_path / "second-cache", f"{whole}-cache")
+    assert_close(taken_up[1], f"{whole}-cache")
     assert json.loads((tmp_path / "second" / "config.json").read_text())["write_through"]["seed"] == 0
 
 
-def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, whole, built, tree, teachers, tmp_path):
-    run(writing, tmp_path / "run", max_steps=5)
+def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, taken_up, built, tree, teachers, tmp_path):
+    """In batches of any size."""
     argv = [
         "labels", "build", "--data", str(tree), "--teachers", *teachers, "--size", "32", "--views", str(VIEWS),
-        "--top-k", str(K), "--batch-size", "8", "--amp", "off", "--device", "cpu", "--no-compile", "--no-tune-teachers",
+        "--top-k", str(K), "--batch-size", "5", "--amp", "off", "--device", "cpu", "--no-compile", "--no-tune-teachers",
         "--loader", "pillow",
     ]  # fmt: skip
-    assert dispatch([*argv, "--out", str(tmp_path / "run-cache")]) == 0
-    assert_close(tmp_path / "run-cache", built)
-    assert sorted(content(tmp_path / "run-cache")) == sorted(content(built))
+    assert dispatch([*argv, "--out", str(taken_up[1])]) == 0
+    assert_close(taken_up[1], built)
+    assert sorted(content(taken_up[1])) == sorted(content(built))
     part = Path(shutil.copytree(built, tmp_path / "part"))
     header = json.loads((part / "header.json").read_text())
     header["complete"] = header["complete"][:1]
@@ -285,15 +296,14 @@ def test_labels_build_goes_on_with_it_and_it_with_a_build(writing, whole, built,
     assert_close(part, built)
 
 
-def test_a_cache_that_was_extended_meanwhile_keeps_its_views(writing, built, tmp_path):
-    run(writing, tmp_path / "run", max_steps=4)
-    folder = tmp_path / "run-cache"
+def test_a_cache_that_was_extended_meanwhile_keeps_its_views(writing, taken_up):
+    ran, folder = taken_up
     header = json.loads((folder / "header.json").read_text())
     (folder / "header.json").write_text(json.dumps({**header, "views": 3}))
     with closing(LabelWriter(folder, 5)) as writer:
         writer.add(2, np.arange(4), np.zeros((4, K)), np.zeros((4, K)))
     begun = (folder / "rows-0002-5.bin").read_bytes()
-    assert run(writing, tmp_path / "run")["finished"]
+    assert run(writing, ran)["finished"]
     cache = LabelCache(folder)
     assert (cache.header.views, [one.view for one in cache.header.complete]) == (3, [0, 1])
     assert (folder / "rows-0002-5.bin").read_bytes() == begun
@@ -383,16 +393,10 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def begun(writing, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    run(writing, folder, max_steps=4)
-    return f"{folder}-cache"
-
-
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_cache_of_something_else_is_left_alone(writing, begun, tmp_path, case):
+def test_a_cache_of_something_else_is_left_alone(writing, left, tmp_path, case):
     changes, message = REFUSED[case]
+    begun = f"{left}-cache"
     before = content(begun)
     with pytest.raises((UsageError, DataError), match=message) as caught:
         run(writing, tmp_path / "run", begun, **changes)
