@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
+from .checks import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
 from .fused import FusedLoss, fake, launched, row_factor
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import check_logits, check_reduction, check_sparse, check_temperature
+from .checks import check_logits, check_reduction, check_sparse, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
 from .fused import FusedLoss, fake, launched, row_factor
 
@@ -68,7 +68,7 @@ def sparse_soft_cross_entropy(
         loss, kl = FusedLoss.apply(sparse_soft_ce, sparse_soft_ce_backward, options, return_kl, with_gradient, *rows)
         return (loss, kl) if return_kl else loss
 
-    dtype = reference.accumulation_dtype(student_logits, probabilities)
+    dtype = reference.result_dtype(student_logits, probabilities)
     target = reference.densified(ids, probabilities.to(dtype), student_logits.shape[1], remainder)
     samples = reference.soft_cross_entropy(student_logits, target, temperature)
     dtype = reference.result_dtype(student_logits, probabilities)

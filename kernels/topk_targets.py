@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_teachers, as_weights, check_k, check_temperature
+from .checks import as_teachers, as_weights, check_k, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
 
 if TRITON:
