@@ -151,14 +151,14 @@ def _instructions(sass: str) -> tuple[list[str], list[range]]:
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(instructions)
         elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            target = re.search(r"\bBRA\b.*\((\.L\w+)\)", code[1])
+            target = re.search(r"\b(?:BRA|CALL\.REL\.NOINC)\b.*\((\.L\w+)\)", code[1])
             itself = target and labels.get(target[1]) == len(instructions)
             if itself or re.match(r"(@\S+\s+)?NOP\b", code[1]):
                 continue
             if target and target[1] in labels:
                 jumps.append(range(labels[target[1]], len(instructions) + 1))
             instructions.append(code[1])
-    assert not any("CALL" in instruction for instruction in instructions), "executed instructions are not counted"
+    assert not any(re.search(r"\bRET\b", i) for i in instructions), "a function's instructions count once, not as called"
     return instructions, sorted(jumps, key=lambda loop: loop.start)
 
 

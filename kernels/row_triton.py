@@ -46,38 +46,40 @@ def log2e_over(temperature: float) -> float:
     return math.log2(math.e) / temperature
 
 
-def programs(rows: int, upstream: torch.Tensor | None) -> tuple[int]:
-    """The grid: a program a row forward, and backward no more than fill a GPU, since most find nothing to do."""
-    return (rows if upstream is None else min(rows, 4096),)
-
-
-def assert_rows(logits: torch.Tensor, like: torch.Tensor) -> None:
-    assert logits.shape == like.shape, (logits.shape, like.shape)
-    assert logits.device == like.device, (logits.device, like.device)
-    assert logits.stride(1) == 1, logits.stride()
-
-
-def assert_outputs(
+def launch(
+    kernel,
     student: torch.Tensor,
-    loss: torch.Tensor | None,
-    kl: torch.Tensor | None,
+    temperature: float,
+    reduction: str,
+    samples: torch.Tensor | None,
     gradient: torch.Tensor | None,
     upstream: torch.Tensor | None,
+    **target,
 ) -> None:
-    """Rows of unit stride, float32 [B] that are contiguous, gradient [B, C] contiguous, upstream float32 [] or [B]."""
-    assert_rows(student, student)
-    for samples in (loss, kl):
-        if samples is not None:
-            assert samples.shape == student.shape[:1], samples.shape
-            assert samples.dtype == torch.float32, samples.dtype
-            assert samples.is_contiguous()
-    assert kl is None or loss is not None
-    if gradient is not None:
-        assert gradient.shape == student.shape, gradient.shape
-        assert gradient.is_contiguous()
-    if upstream is not None:
-        assert upstream.shape in ((), student.shape[:1]), upstream.shape
-        assert upstream.dtype == torch.float32, upstream.dtype
+    """Starts the kernel of a loss; see `fused.FusedLoss` for the arguments. `target` is the kernel's own."""
+    rows, classes = student.shape
+    if rows == 0:
+        return
+    block, options = blocks(classes)
+    # Backward no more programs than fill a GPU, since most find nothing to do.
+    grid = (rows if upstream is None else min(rows, 4096),)
+    with torch.cuda.device_of(student):
+        kernel[grid](
+            student=student,
+            loss=None if samples is None else samples[0],
+            kl=None if samples is None or len(samples) < 2 else samples[1],
+            gradient=gradient,
+            upstream=upstream,
+            B=rows,
+            factor=(1.0 / rows if reduction == "mean" else 1.0) / temperature,
+            log2e_over_t=log2e_over(temperature),
+            upstream_stride=0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
+            student_stride=student.stride(0),
+            C=classes,
+            BLOCK=block,
+            **target,
+            **options,
+        )
 
 
 @triton.jit

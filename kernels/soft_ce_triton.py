@@ -17,16 +17,13 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .row_triton import (
     LN2,
-    assert_outputs,
-    assert_rows,
-    blocks,
+    launch,
     load_row,
-    log2e_over,
     max_and_sum,
-    programs,
     rows_at,
     store_row,
     x_log2_x,
@@ -155,43 +152,18 @@ def ensemble_soft_ce_kernel(
                 do_row(row, s, t, weights, outputs, factor * scale, log2e_over_t, C, BLOCK)
 
 
-def launch(
-    student: torch.Tensor,
-    teachers: Sequence[torch.Tensor],
+@torch.library.custom_op("mealfast::ensemble_soft_ce", mutates_args=("samples", "gradient"))
+def ensemble_soft_ce(
+    student: Tensor,
+    teachers: Sequence[Tensor],
     weights: Sequence[float],
     temperature: float,
-    factor: float,
-    *,
-    loss: torch.Tensor | None = None,
-    kl: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
+    reduction: str,
+    samples: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
 ) -> None:
-    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in the kernel.
-
-    With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
-    """
-    assert len(teachers) == len(weights)
-    for teacher in teachers:
-        assert_rows(teacher, student)
-    assert_outputs(student, loss, kl, gradient, upstream)
-    block, options = blocks(student.shape[1])
-    with torch.cuda.device_of(student):
-        ensemble_soft_ce_kernel[programs(student.shape[0], upstream)](
-            student,
-            tuple(teachers),
-            tuple(weights),
-            loss,
-            kl,
-            gradient,
-            upstream,
-            student.shape[0],
-            factor / temperature,
-            log2e_over(temperature),
-            upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
-            student_stride=student.stride(0),
-            teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
-            C=student.shape[1],
-            BLOCK=block,
-            **options,
-        )
+    """The op of `fused.FusedLoss`, for [B, C] with consecutive classes and weights that sum to one."""
+    strides = tuple(teacher.stride(0) for teacher in teachers)
+    target = {"teachers": tuple(teachers), "weights": tuple(weights), "teacher_strides": strides}
+    launch(ensemble_soft_ce_kernel, student, temperature, reduction, samples, gradient, upstream, **target)

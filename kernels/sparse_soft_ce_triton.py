@@ -17,18 +17,18 @@ Shape legend: B batch, C classes, k entries kept of each target.
 
 # ruff: noqa: N803 (constants of a kernel are in capitals)
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .row_triton import (
     LN2,
-    assert_outputs,
-    blocks,
+    launch,
     load_row,
-    log2e_over,
     max_and_sum,
-    programs,
     store_row,
     x_log2_x,
 )
@@ -141,47 +141,20 @@ def sparse_soft_ce_kernel(
                 _row(row, s, i, p, out, factor * scale, log2e_over_t, SPREAD, RENORMALISE, C, BLOCK, K, K_BLOCK)
 
 
-def launch(
-    student: torch.Tensor,
-    ids: torch.Tensor,
-    probabilities: torch.Tensor,
+@torch.library.custom_op("mealfast::sparse_soft_ce", mutates_args=("samples", "gradient"))
+def sparse_soft_ce(
+    student: Tensor,
+    target: Sequence[Tensor],
     remainder: str,
     temperature: float,
-    factor: float,
-    *,
-    loss: torch.Tensor | None = None,
-    kl: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
+    reduction: str,
+    samples: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
 ) -> None:
-    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in the kernel.
-
-    With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
-    """
-    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
-    assert ids.shape[0] == student.shape[0], (ids.shape, student.shape)
-    assert ids.is_contiguous()
-    assert probabilities.is_contiguous()
-    assert_outputs(student, loss, kl, gradient, upstream)
-    block, options = blocks(student.shape[1])
-    with torch.cuda.device_of(student):
-        sparse_soft_ce_kernel[programs(student.shape[0], upstream)](
-            student,
-            ids,
-            probabilities,
-            loss,
-            kl,
-            gradient,
-            upstream,
-            student.shape[0],
-            factor / temperature,
-            log2e_over(temperature),
-            upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
-            student_stride=student.stride(0),
-            RENORMALISE=remainder == "renormalise",
-            C=student.shape[1],
-            BLOCK=block,
-            K=ids.shape[1],
-            K_BLOCK=triton.next_power_of_2(ids.shape[1]),
-            **options,
-        )
+    """The op of `fused.FusedLoss`, for [B, C] with consecutive classes; target is ids and probabilities, contiguous."""
+    ids, probabilities = target
+    k = ids.shape[1]
+    target = {"ids": ids, "probabilities": probabilities, "K": k, "K_BLOCK": triton.next_power_of_2(k)}
+    target["RENORMALISE"] = remainder == "renormalise"
+    launch(sparse_soft_ce_kernel, student, temperature, reduction, samples, gradient, upstream, **target)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .row_triton import assert_rows, blocks, log2e_over, rows_at
+from .row_triton import blocks, log2e_over, rows_at
 from .soft_ce_triton import target_chunk, target_factors, target_row
 
 
@@ -61,24 +62,24 @@ def ensemble_topk_kernel(
     tl.store(probabilities + row * K + entries, p, mask=kept)
 
 
-def launch(
-    teachers: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    ids: torch.Tensor,
-    probabilities: torch.Tensor,
-) -> None:
-    """Fills ids and probabilities [B, k]; shapes as in the kernel."""
-    assert len(teachers) == len(weights)
-    for teacher in teachers:
-        assert_rows(teacher, teachers[0])
-    rows, classes = teachers[0].shape
-    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
-    assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
-    assert ids.is_contiguous()
-    assert probabilities.is_contiguous()
-    kept = max(2, triton.next_power_of_2(ids.shape[1]))  # topk sorts two or more
+def topk_blocks(classes: int, k: int) -> tuple[int, int, dict[str, int]]:
+    """BLOCK, K_BLOCK and the compiler's options."""
+    kept = max(2, triton.next_power_of_2(k))  # topk sorts two or more
     block, options = blocks(max(classes, 2))
+    if block < classes:
+        options["maxnreg"] = 128  # left alone, the assembler spills some bytes to fit a third program beside two
+    return max(block, kept), kept, options
+
+
+@torch.library.custom_op("mealfast::ensemble_topk", mutates_args=("ids", "probabilities"))
+def ensemble_topk(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float, ids: Tensor, probabilities: Tensor
+) -> None:
+    """Fills ids and probabilities; shapes as in the kernel, weights that sum to one."""
+    rows, classes = teachers[0].shape
+    if rows == 0:
+        return
+    block, kept, options = topk_blocks(classes, ids.shape[1])
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
@@ -88,7 +89,7 @@ def launch(
             log2e_over(temperature),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=classes,
-            BLOCK=max(block, kept),
+            BLOCK=block,
             K=ids.shape[1],
             K_BLOCK=kept,
             **options,

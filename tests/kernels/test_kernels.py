@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mealfast.kernels import EnsembleSoftCrossEntropy, ensemble_soft_cross_entropy, ensemble_target, soft_ce
+from mealfast.kernels import EnsembleSoftCrossEntropy, ensemble_soft_cross_entropy, ensemble_target
 from mealfast.kernels.dispatch import INTERPRETED, uses_triton
 
 from .kernels_bounds import (
@@ -471,12 +471,11 @@ def test_autocast_does_not_touch_it(device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(triton_device, reduction):
     student, teachers = logits(3, 5, device=triton_device), [logits(3, 5, device=triton_device, seed=1)] * 2
-    options = [0.5, 0.5], 1.0, reduction
-    for extras in (True, False):
-        torch.library.opcheck(soft_ce.ensemble_soft_ce, (student, teachers, *options, extras, extras))
+    call = student, teachers, [0.5, 0.5], 1.0, reduction
+    samples, gradient = torch.zeros(2, 3, device=triton_device), torch.zeros_like(student)
     upstream = torch.full([3] if reduction == "none" else [], 2.0, device=triton_device)
-    gradient = torch.zeros_like(student)
-    torch.library.opcheck(soft_ce.ensemble_soft_ce_backward, (gradient, upstream, student, teachers, *options))
+    for outputs in ((samples, gradient, None), (samples[:1], None, None), (None, gradient, upstream)):
+        torch.library.opcheck(torch.ops.mealfast.ensemble_soft_ce, (*call, *outputs))
 
 
 WITHOUT_TRITON = """

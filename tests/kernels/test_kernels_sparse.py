@@ -14,9 +14,7 @@ from mealfast.kernels import (
     SparseSoftCrossEntropy,
     ensemble_soft_cross_entropy,
     ensemble_topk,
-    sparse_soft_ce,
     sparse_soft_cross_entropy,
-    topk_targets,
 )
 from mealfast.kernels.dispatch import INTERPRETED, TRITON, uses_triton
 
@@ -243,13 +241,16 @@ def test_compiles_as_one_graph(device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(triton_device, reduction):
     student, kept = logits(3, 5, device=triton_device), entries(3, 5, 2, triton_device)
-    options = "spread", 1.0, reduction
-    for extras in (True, False):
-        torch.library.opcheck(sparse_soft_ce.sparse_soft_ce, (student, kept, *options, extras, extras))
+    call = student, kept, "spread", 1.0, reduction
+    samples, gradient = torch.zeros(2, 3, device=triton_device), torch.zeros_like(student)
     upstream = torch.full([3] if reduction == "none" else [], 2.0, device=triton_device)
-    gradient = torch.zeros_like(student)
-    torch.library.opcheck(sparse_soft_ce.sparse_soft_ce_backward, (gradient, upstream, student, kept, *options))
-    torch.library.opcheck(topk_targets.ensemble_topk_op, ([student, student], 2, [0.5, 0.5], 1.0))
+    for outputs in ((samples, gradient, None), (samples[:1], None, None), (None, gradient, upstream)):
+        torch.library.opcheck(torch.ops.mealfast.sparse_soft_ce, (*call, *outputs))
+
+
+def test_opcheck_topk(triton_device):
+    teacher, kept = logits(3, 5, device=triton_device), entries(3, 5, 2, triton_device)
+    torch.library.opcheck(torch.ops.mealfast.ensemble_topk, ([teacher, teacher], [0.5, 0.5], 1.0, *kept))
 
 
 # The top-k writer.
