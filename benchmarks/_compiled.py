@@ -45,8 +45,11 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
     `arch` is 80, 90, 100: a compute capability times 10. The forward kernels write loss, KL (or not) and gradient.
     """
     logits = "*" + _TYPES[dtype]
-    block, options = row_triton.blocks(classes)
     kept = min(KEPT, classes)
+    if op == "topk":
+        block, k_block, options = topk_targets_triton.topk_blocks(classes, kept)
+    else:
+        (block, options), k_block = row_triton.blocks(classes), triton.next_power_of_2(kept)
     backward = op.endswith("backward")
     # Strings are types of run-time arguments, other values are constexpr.
     arguments = {
@@ -69,7 +72,7 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
         "C": classes,
         "BLOCK": block,
         "K": kept,
-        "K_BLOCK": max(2, triton.next_power_of_2(kept)),
+        "K_BLOCK": k_block,
     }
     if op == "topk":
         kernel, read = topk_targets_triton.ensemble_topk_kernel, teachers
@@ -83,13 +86,11 @@ def compiled(op: str, classes: int, teachers: int, dtype: torch.dtype, arch: int
     if backward:
         loops.remove(max(loops, key=len))  # over rows
     executed = len(instructions)
-    chunk = 32 * options["num_warps"] * dtype.itemsize  # of a tensor's logits, one a thread
     for position, loop in enumerate(loops):
         swept = read if position == len(loops) - 1 else 1  # the last sweep is over all tensors, others over one
         body = [instructions[i] for i in loop]
         loaded = 32 * options["num_warps"] * sum(_bytes(i) for i in body if "LDG" in i)
-        trips = block * -(-classes // block) * dtype.itemsize * swept // loaded  # what is left over is not in the loop
-        assert chunk <= loaded, (op, classes, loop)
+        trips = block * -(-classes // block) * dtype.itemsize * swept // loaded  # the rest of it stands after the loop
         executed += len(loop) * (trips - 1)
     return Compiled(
         registers=int(usage["REG"]),
@@ -158,12 +159,16 @@ def _instructions(sass: str) -> tuple[list[str], list[range]]:
             if target and target[1] in labels:
                 jumps.append(range(labels[target[1]], len(instructions) + 1))
             instructions.append(code[1])
-    assert not any(re.search(r"\bRET\b", i) for i in instructions), "a function's instructions count once, not as called"
+    assert not any(re.search(r"\bRET\b", i) for i in instructions), (
+        "a function's instructions count once, not as called"
+    )
     return instructions, sorted(jumps, key=lambda loop: loop.start)
 
 
 def _bytes(load: str) -> int:
-    return {"U8": 1, "U16": 2, "64": 8, "128": 16}.get(re.search(r"LDG\S*?\.(U8|U16|64|128)?\s", load + " ")[1], 4)
+    """What a thread loads by one instruction, such as "@P0 LDG.E.U16 R1, desc[UR4][R2.64]"."""
+    kind = re.search(r"\bLDG\S*", load)[0].split(".")
+    return next((size for name, size in (("U16", 2), ("64", 8), ("128", 16)) if name in kind), 4)
 
 
 def _kinds(instructions: list[str], kind: str) -> dict[str, int]:

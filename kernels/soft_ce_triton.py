@@ -119,7 +119,7 @@ def _long_row(row, student, teachers, weights, outputs, factor, log2e_over_t, C:
         _store_samples(row, loss, kl, tl.log2(z), tl.sum(p_d, 0), tl.sum(p_log2_p, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def ensemble_soft_ce_kernel(
     student,  # [B, C]
     teachers,  # K pointers to [B, C]

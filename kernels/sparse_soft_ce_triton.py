@@ -106,7 +106,7 @@ def _row(
         tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def sparse_soft_ce_kernel(
     student,  # [B, C]
     ids,  # [B, k], contiguous
