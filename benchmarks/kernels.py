@@ -9,7 +9,9 @@ Liger's KL divergence gets its target ready-made, which leaves out the ensemble'
 look at the upstream gradient, which no graph can hold, so that it is called from Python instead.
 torch.compile compiles once for all B. A case that needs more memory than is free is left out, with the reason.
 
-Without a GPU it says what it cannot measure, and prints the bytes, the launches and what the kernels compile to.
+Without a GPU it says what it cannot measure, and prints the bytes, the launches, what the kernels compile to, and the
+time that this allows on a GPU that is named: memory at its peak or every issue slot taken, whichever is longer. A table
+measured on that GPU can be held against it.
 
 Shape legend: B batch, K teachers, C classes.
 """
@@ -22,6 +24,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from _record import record, write
@@ -37,6 +40,21 @@ REPLAYS = 50, 10  # at most and at least
 SECONDS = 0.5  # to replay for, within these
 COPIED = 2**30  # bytes
 LIGER = "Liger"
+COMPILED = (("dense", False), ("dense", True), ("dense backward", False), ("sparse", True), ("topk", False))
+
+
+class Gpu(NamedTuple):
+    name: str
+    bandwidth: float  # bytes a second
+    slots: float  # instructions that all schedulers issue in a second: multiprocessors x 4 x clock
+    source: str = "NVIDIA's data sheet: peak bandwidth, boost clock"
+
+
+GPUS = {
+    "a100": Gpu("A100 SXM 80 GB", 2.039e12, 108 * 4 * 1.41e9),
+    "h100": Gpu("H100 SXM", 3.35e12, 132 * 4 * 1.98e9),
+    "h200": Gpu("H200 SXM", 4.8e12, 132 * 4 * 1.98e9),
+}
 # The most [B, C] float32 that a method holds at once, beside inputs and gradient: decides whether a case is tried.
 SCRATCH = {"mealfast": 0, "eager": 8, "torch.compile": 4}
 
@@ -72,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--methods", nargs="+", choices=list(losses()), default=list(losses()))
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="without a GPU: compile for these")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="without a GPU: predict the time on this one")
     parser.add_argument("--out", help="file to append one JSON line a figure to")
     return parser.parse_args()
 
@@ -242,18 +261,49 @@ def without_gpu(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("triton") is None:
         print("\nTriton is not installed: nothing to compile.")
         return
-    from mealfast.kernels.compiled import compiled
-
-    print("\nCompiled: registers of a thread, threads and bytes of shared memory of a program, stack and local bytes:")
-    for arch, op, classes, teachers, dtype in itertools.product(
-        args.arch, ("forward", "backward"), args.classes, args.teachers, args.dtype
+    gpu = GPUS[args.gpu]
+    batch = max(args.batch)
+    print(f"\nCompiled, and the least time for {batch} rows on an {gpu.name}, the longer of two: bytes at")
+    print(f"{gpu.bandwidth / 1e12:.2f} TB/s, instructions at {gpu.slots / 1e12:.2f} T/s ({gpu.source}).")
+    head = ("registers", "warps", "stack", "instructions", "slots/row", "bytes/row", "us", "bound by")
+    print(f"{'':43}" + "".join(f"{name:>13}" for name in head))
+    for arch, (op, kl), classes, teachers, dtype in itertools.product(
+        args.arch, COMPILED, args.classes, args.teachers, args.dtype
     ):
-        c = compiled(op, classes, teachers, DTYPES[dtype], arch)
-        wide = "128-bit loads" if "v4.b32" in c.accesses("ld") else ""
-        shape = f"sm_{arch} {op:<9} C {classes:<6} K {teachers} {dtype}"
-        print(
-            f"  {shape:<40} {c.registers:>4} {c.threads:>5} {c.shared:>5} {c.stack:>4} {c.local:>3}  {wide}", flush=True
-        )
+        if op == "sparse" and teachers != args.teachers[0]:
+            continue  # it reads no teachers
+        row = predict(op, kl, classes, teachers, dtype, arch, gpu, batch)
+        name = f"sm_{arch} {op}{' + kl' if kl else ''}"
+        shape = f"C {classes:<6}" + (f"K {teachers} " if op != "sparse" else "    ") + dtype
+        keys = ("registers", "warps", "stack", "instructions", "issue_slots_per_row", "bytes_per_row")
+        cells = *(row[key] for key in keys), f"{row['predicted us']:.1f}", row["bound"]
+        print(f"  {name:<24}{shape:<17}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+        if args.out:
+            write(args.out, [row])
+
+
+def predict(
+    op: str, kl: bool, classes: int, teachers: int, dtype: str, arch: int, gpu: Gpu, batch: int
+) -> dict[str, object]:
+    """What a kernel takes of a GPU that need not be there, and the time that follows for `batch` rows."""
+    from _compiled import bytes_per_row, compiled
+
+    found = compiled(op, classes, teachers, DTYPES[dtype], arch, kl)
+    moved = bytes_per_row(op, classes, teachers, DTYPES[dtype], kl)
+    seconds = {"memory": batch * moved / gpu.bandwidth, "issue": batch * found.issue_slots_per_row / gpu.slots}
+    bound = max(seconds, key=seconds.get)
+    shape = {"op": op, "classes": classes, "teachers": teachers, "dtype": dtype, "arch": f"sm_{arch}", "kl": kl}
+    resources = {key: getattr(found, key) for key in ("warps", "instructions", "registers", "stack", "local", "shared")}
+    return record(
+        "mealfast compiled",
+        **shape,
+        **resources,
+        issue_slots_per_row=found.issue_slots_per_row,
+        bytes_per_row=moved,
+        B=batch,
+        bound=bound,
+        **{"predicted for": gpu.name, "predicted us": seconds[bound] * 1e6},
+    )
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ Shape legend: B batch, K teachers, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
+from .checks import as_teachers, as_weights, check_logits, check_reduction, check_same, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
-from .fused import FusedLoss, fake, launched, row_factor
+from .fused import FusedLoss
 
 if TRITON:
-    from . import soft_ce_triton
+    from .soft_ce_triton import ensemble_soft_ce
 
 
 def ensemble_target(
@@ -40,8 +39,7 @@ def ensemble_target(
         ValueError: shapes or devices that differ, or an option out of its range.
     """
     teachers = [teacher.detach() for teacher in as_teachers(teacher_logits)]
-    target = reference.ensemble_target(teachers, as_weights(weights, len(teachers)), check_temperature(temperature))
-    return target.to(reference.result_dtype(*teachers))
+    return reference.ensemble_target(teachers, as_weights(weights, len(teachers)), check_temperature(temperature))
 
 
 def ensemble_soft_cross_entropy(
@@ -98,52 +96,13 @@ def ensemble_soft_cross_entropy(
         with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
         rows = unit_stride(student_logits), *map(unit_stride, teachers)
         options = weights, temperature, reduction
-        loss, kl = FusedLoss.apply(
-            ensemble_soft_ce, ensemble_soft_ce_backward, options, return_kl, with_gradient, *rows
-        )
+        loss, kl = FusedLoss.apply(ensemble_soft_ce, options, return_kl, with_gradient, *rows)
         return (loss, kl) if return_kl else loss
 
     target = reference.ensemble_target(teachers, weights, temperature)
     samples = reference.soft_cross_entropy(student_logits, target, temperature)
-    dtype = reference.result_dtype(student_logits, *teachers)
-    loss = reference.reduced(samples, reduction).to(dtype)
+    loss = reference.reduced(samples, reduction)
     if not return_kl:
         return loss
     kl = (samples.detach() - reference.entropy(target)).clamp(min=0.0)  # rounding may leave less than 0
-    return loss, reference.reduced(kl, reduction).to(dtype)
-
-
-@torch.library.custom_op("mealfast::ensemble_soft_ce", mutates_args=())
-def ensemble_soft_ce(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    reduction: str,
-    with_kl: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss and KL in one tensor, and the student's gradient for an upstream of 1; see `fused.launched`."""
-    launch = partial(soft_ce_triton.launch, student, teachers, weights, temperature)
-    return launched(launch, student, reduction, with_kl, with_gradient)
-
-
-@ensemble_soft_ce.register_fake
-def _(student, teachers, weights, temperature, reduction, with_kl, with_gradient):
-    return fake(student, reduction, with_kl, with_gradient)
-
-
-@torch.library.custom_op("mealfast::ensemble_soft_ce_backward", mutates_args=("gradient",))
-def ensemble_soft_ce_backward(
-    gradient: Tensor,
-    upstream: Tensor,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    reduction: str,
-) -> None:
-    """Turns the gradient for an upstream of 1, in place, into the one for `upstream`, a scalar or [B]."""
-    if student.shape[0] > 0:
-        factor = row_factor(student, reduction)
-        soft_ce_triton.launch(student, teachers, weights, temperature, factor, gradient=gradient, upstream=upstream)
+    return loss, reference.reduced(kl, reduction)

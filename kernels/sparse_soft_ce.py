@@ -5,19 +5,16 @@ Shape legend: B batch, C classes, k entries kept of each target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import check_logits, check_reduction, check_sparse, check_temperature
+from .checks import check_logits, check_reduction, check_sparse, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
-from .fused import FusedLoss, fake, launched, row_factor
+from .fused import FusedLoss
 
 if TRITON:
-    from . import sparse_soft_ce_triton
+    from .sparse_soft_ce_triton import sparse_soft_ce
 
 
 def sparse_soft_cross_entropy(
@@ -65,52 +62,13 @@ def sparse_soft_cross_entropy(
         with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
         rows = unit_stride(student_logits), ids.contiguous(), probabilities.contiguous()
         options = remainder, temperature, reduction
-        loss, kl = FusedLoss.apply(sparse_soft_ce, sparse_soft_ce_backward, options, return_kl, with_gradient, *rows)
+        loss, kl = FusedLoss.apply(sparse_soft_ce, options, return_kl, with_gradient, *rows)
         return (loss, kl) if return_kl else loss
 
-    dtype = reference.accumulation_dtype(student_logits, probabilities)
+    dtype = reference.result_dtype(student_logits, probabilities)
     target = reference.densified(ids, probabilities.to(dtype), student_logits.shape[1], remainder)
     samples = reference.soft_cross_entropy(student_logits, target, temperature)
-    dtype = reference.result_dtype(student_logits, probabilities)
-    loss = reference.reduced(samples, reduction).to(dtype)
+    loss = reference.reduced(samples, reduction)
     if not return_kl:
         return loss
-    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction).to(dtype)
-
-
-@torch.library.custom_op("mealfast::sparse_soft_ce", mutates_args=())
-def sparse_soft_ce(
-    student: Tensor,
-    target: Sequence[Tensor],
-    remainder: str,
-    temperature: float,
-    reduction: str,
-    with_kl: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `ensemble_soft_ce`; `target` is (ids, probabilities)."""
-    launch = partial(sparse_soft_ce_triton.launch, student, *target, remainder, temperature)
-    return launched(launch, student, reduction, with_kl, with_gradient)
-
-
-@sparse_soft_ce.register_fake
-def _(student, target, remainder, temperature, reduction, with_kl, with_gradient):
-    return fake(student, reduction, with_kl, with_gradient)
-
-
-@torch.library.custom_op("mealfast::sparse_soft_ce_backward", mutates_args=("gradient",))
-def sparse_soft_ce_backward(
-    gradient: Tensor,
-    upstream: Tensor,
-    student: Tensor,
-    target: Sequence[Tensor],
-    remainder: str,
-    temperature: float,
-    reduction: str,
-) -> None:
-    """Turns the gradient for an upstream of 1, in place, into the one for `upstream`, a scalar or [B]."""
-    if student.shape[0] > 0:
-        factor = row_factor(student, reduction)
-        sparse_soft_ce_triton.launch(
-            student, *target, remainder, temperature, factor, gradient=gradient, upstream=upstream
-        )
+    return loss, reference.reduced(samples.detach() - reference.entropy(target), reduction)

@@ -1,232 +1,112 @@
 """Soft cross-entropy against a sparse target in Triton: loss, KL and the student's gradient in one launch.
 
-    n    = sum_j p_j                                     over the k kept entries (class i_j, probability p_j)
-    r    = max(0, 1 - n) / (C - k)                       the other classes' probability each ("spread"), or
-    p_j  = p_j / n, r = 0                                ("renormalise")
-    M    = sum_j p_j + (C - k) r                         the target's mass, 1 but for the rounding of p
-    d    = s - max s,  e = exp(d / T),  Z = sum_c e
-    loss = M log Z - (sum_j p_j d_ij + r sum_(c not kept) d_c) / T
-    kl   = loss + sum_j p_j log p_j + (C - k) r log r
-    g    = (M e / Z - (p_j where kept, r elsewhere)) * factor
-    g    = (mass of the others - M sum_others e / Z) * factor     the same for the largest of the student's classes
+    P    = p_j for the k kept classes i_j, r for each other
+    r    = max(0, 1 - sum_j p_j) / (C - k)                  ("spread"), or r = 0, p_j / sum_j p_j ("renormalise")
+    M    = sum_c P                                          1 but for the rounding of p
+    d    = (s - max s) / (T ln 2)                           so that exp((s - max s) / T) = 2^d
+    Z    = sum_c 2^d
+    loss = ln 2 (M log2 Z - sum_j p_j d_ij - r (sum_c d_c - sum_j d_ij))
+    kl   = loss + ln 2 (sum_j p_j log2 p_j + (C - k) r log2 r)
+    g    = (M 2^d / Z - P) factor                           factor: upstream / T, / B for a mean
+
+The difference in the loss is of sums that r multiplies. Where no kept p_j is below r, as in a target's k largest
+probabilities, neither product is more than the loss, and rounding stays as small.
 
 Shape legend: B batch, C classes, k entries kept of each target.
 """
 
 # ruff: noqa: N803 (constants of a kernel are in capitals)
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .row_triton import (
-    AGAIN,
-    agrees,
-    assert_outputs,
-    blocks,
-    divided,
-    exp_and_others,
-    exp_over_t,
-    exponent,
-    joined,
-    load_logits,
-    log1p,
-    programs,
-    real,
-    split,
+    LN2,
+    launch,
+    load_row,
+    max_and_sum,
     store_row,
-    sweep,
+    x_log2_x,
 )
 
 
 @triton.jit
-def _x_log_x(x):
-    return tl.where(x == 0.0, 0.0, x * tl.log(x))
-
-
-@triton.jit
-def _finite(d):
-    return tl.where(d == -float("inf"), 0.0, d)
-
-
-@triton.jit
 def _missing_to_one(p):
-    """1 - sum p, the largest taken from 1 before the others, so that a p next to 1 costs no digits."""
-    top = tl.max(p, 0)
-    others = tl.sum(tl.where(p == top, 0.0, p), 0)
-    ties = tl.sum(tl.where(p == top, 1.0, 0.0), 0)
-    return tl.maximum((1.0 - top) - (others + (ties - 1.0) * top), 0.0)
+    """max(0, 1 - sum p) without the rounding of a sum near 1: in whole numbers of 2^-50, which 4096 cannot overflow."""
+    one: tl.constexpr = 2**50
+    total = tl.sum((tl.minimum(p, 1.0) * one).to(tl.int64), 0)
+    return tl.maximum(one - total, 0).to(tl.float32) / one
 
 
 @triton.jit
-def _one_pass(
-    student,  # [B, C]
-    ids,  # [B, k], contiguous
-    probabilities,  # [B, k], contiguous
-    loss,  # float32 [B], or None
-    kl,  # float32 [B], or None
-    gradient,  # [B, C], contiguous, or None
+def _row(
     row,
-    factor,  # float64
-    one_over_t,
-    exponent,
-    student_stride: tl.constexpr,
+    student,  # this row of it, a pointer to [C]
+    ids,  # its kept classes, a pointer to [k]
+    probabilities,  # theirs, a pointer to [k]
+    outputs,  # loss float32 [B], kl float32 [B], gradient [B, C]; each may be None
+    factor,
+    log2e_over_t,
+    SPREAD: tl.constexpr,  # over the other classes, of which there are some
     RENORMALISE: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     K: tl.constexpr,  # k
     K_BLOCK: tl.constexpr,
-    REAL: tl.constexpr,
 ):
-    """A row. Whether the gradient wants float64: see `agrees`."""
-    student += row * student_stride
-    entries = tl.arange(0, K_BLOCK)
-    kept = entries < K
-    i = tl.load(ids + row * K + entries, mask=kept, other=0).to(tl.int32)
-    p = tl.load(probabilities + row * K + entries, mask=kept, other=0.0).to(REAL)
-    valid = kept & (i >= 0) & (i < C)
-    p = tl.where(kept & (valid == 0), float("nan"), p)  # an id out of range spoils its sample, not other memory
-    n = tl.sum(p, 0)
+    """A row of any length. One that fits in registers is loaded once: the compiler sees that the loop's one trip loads
+    what `max_and_sum` has."""
+    loss, kl, gradient = outputs
+    j = tl.arange(0, K_BLOCK)
+    i = tl.load(ids + j, mask=j < K, other=0).to(tl.int32)
+    p = tl.load(probabilities + j, mask=j < K, other=0.0).to(tl.float32)
+    valid = (j < K) & (i >= 0) & (i < C)
+    p = tl.where((j < K) & (valid == 0), float("nan"), p)  # an id out of range spoils its sample, not other memory
     if RENORMALISE:
-        p = p * divided(1.0, n)
-        n = tl.sum(p, 0)
-    if RENORMALISE or C == K:
-        rest = tl.zeros([], REAL)
-    else:
-        rest = divided(_missing_to_one(p), tl.cast((C - K) * 1.0, REAL))
-    mass = n + rest * (C - K)
-    # Where most classes are kept, the sum over the others is a difference of nearly equal sums.
-    spread_dtype: tl.constexpr = tl.float64 if 2 * K > C else tl.float32
+        p /= tl.sum(p, 0)
+    missing = 0.0
+    if SPREAD:
+        missing = _missing_to_one(p)
+    rest = missing / max(C - K, 1)
+    mass = tl.sum(p, 0) + missing
 
-    if BLOCK >= C:
-        s = load_logits(student, 0, C, BLOCK, "").to(tl.float32)
-        top = tl.max(s, 0)
-        d, e, others, _ = exp_and_others(s, exponent, REAL)
-        at = tl.min(tl.where(d == 0.0, tl.arange(0, BLOCK), C), 0)
-        rough_others = others
-        mass_over_z = divided(mass, 1.0 + others)
-        if loss is not None:
-            finite = tl.sum(_finite(d).to(spread_dtype), 0)
-            masked = tl.sum(tl.where((d == -float("inf")) & (tl.arange(0, BLOCK) < C), 1.0, 0.0), 0)
+    top, z = max_and_sum(student, log2e_over_t, C, BLOCK)
+    scale = mass * factor / z
+    finite = tl.zeros([BLOCK], tl.float32)  # sum of d over all classes that the student does not exclude
+    excluded = tl.zeros([BLOCK], tl.float32)  # how many it excludes, and the lanes beyond C
+    for first in tl.range(0, C, BLOCK):
+        d = (load_row(student, first, C, BLOCK) - top) * log2e_over_t
+        if SPREAD:
+            finite += tl.where(d == -float("inf"), 0.0, d)
+            excluded += tl.where(d == -float("inf"), 1.0, 0.0)
         if gradient is not None:
-            store_row(gradient + row * C, 0, (e * mass_over_z - rest) * factor.to(REAL), C, BLOCK)
-    else:
-        top, at, rough_others = sweep(student, exponent, C, BLOCK, REAL)
-        mass_over_z = divided(mass, 1.0 + rough_others)
-        others_of = tl.zeros([BLOCK], REAL)  # of each lane, so that the loop holds no barrier
-        finite_of = tl.zeros([BLOCK], spread_dtype)
-        masked_of = tl.zeros([BLOCK], tl.float32)
-        for first in tl.range(0, C, BLOCK):
-            classes = first + tl.arange(0, BLOCK)
-            s = load_logits(student, first, C, BLOCK, "evict_first").to(tl.float32)
-            d = s - top
-            e = exp_over_t(s, top, rough_others, exponent, REAL)
-            others_of += tl.where(classes == at, 0.0, e)
-            if loss is not None:
-                finite_of += _finite(d)
-                masked_of += tl.where((d == -float("inf")) & (classes < C), 1.0, 0.0)
-            if gradient is not None:
-                store_row(gradient + row * C, first, (e * mass_over_z - rest) * factor.to(REAL), C, BLOCK)
-        others = tl.sum(others_of, 0)
-        finite = tl.sum(finite_of, 0)
-        masked = tl.sum(masked_of, 0)
+            store_row(gradient + row * C, first, tl.exp2(d) * scale - rest * factor, C, BLOCK)
 
-    s_kept = tl.load(student + i, mask=valid, other=-float("inf")).to(tl.float32)
-    d_kept = s_kept - top
-    close = False
-    if gradient is not None:
-        top_kept = tl.sum(tl.where(valid & (i == at), 1.0, 0.0), 0)
-        other_mass = tl.sum(tl.where(valid & (i == at), 0.0, p), 0) + rest * ((C - K - 1) + top_kept)
-        g_top = other_mass - others * mass_over_z
-        at = tl.where(others < 1.0, at, C)  # else better known from itself, as it stands
-        e_kept = exp_over_t(s_kept, top, rough_others, exponent, REAL)
-        g = tl.where(i == at, g_top, e_kept * mass_over_z - p)
-        tl.debug_barrier()  # what follows overwrites what other threads have just stored
-        stored: tl.constexpr = gradient.dtype.element_ty
-        tl.store(gradient + row * C + at, (g_top * factor.to(REAL)).to(tl.float32).to(stored), mask=at < C)
-        tl.store(gradient + row * C + i, (g * factor.to(REAL)).to(tl.float32).to(stored), mask=valid)
-        if g_top.dtype == tl.float32:
-            largest = tl.maximum(tl.max(p, 0), rest)
-            close = agrees(g_top, 1.0, mass_over_z, others * mass_over_z, largest, other_mass, gradient)
+    d = (tl.load(student + i, mask=valid, other=0.0).to(tl.float32) - top) * log2e_over_t
     if loss is not None:
-        p = p.to(tl.float32)
-        rest = rest.to(tl.float32)
-        expected_d = tl.sum(tl.where(p == 0.0, 0.0, p * d_kept), 0)
-        finite -= tl.sum(tl.where(valid, _finite(d_kept), 0.0).to(spread_dtype), 0)
-        masked -= tl.sum(tl.where(valid & (d_kept == -float("inf")), 1.0, 0.0), 0)
-        spread = tl.where(masked > 0.0, -float("inf"), finite.to(tl.float32))
-        expected_d += tl.where(rest == 0.0, 0.0, rest * spread)
-        value = mass.to(tl.float32) * log1p(others.to(tl.float32)) - expected_d * one_over_t
+        p_d = tl.sum(p * tl.where(p == 0.0, 0.0, d), 0)
+        if SPREAD:
+            out = valid & (d == -float("inf"))
+            others = tl.sum(finite, 0) - tl.sum(tl.where(valid & (out == 0), d, 0.0), 0)
+            lanes: tl.constexpr = (C + BLOCK - 1) // BLOCK * BLOCK
+            excluded_others = tl.sum(excluded, 0) - (lanes - C) - tl.sum(out.to(tl.float32), 0)
+            p_d += tl.where(rest == 0.0, 0.0, rest * tl.where(excluded_others > 0.0, -float("inf"), others))
+        value = (mass * tl.log2(z) - p_d) * LN2
         tl.store(loss + row, value)
         if kl is not None:
-            tl.store(kl + row, value + tl.sum(_x_log_x(p), 0) + (C - K) * _x_log_x(rest))
-    return close
-
-
-@triton.jit
-def _row(
-    student,
-    ids,
-    probabilities,
-    loss,
-    kl,
-    gradient,
-    row,
-    factor,  # float64
-    one_over_t,
-    exponent,
-    student_stride: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    REAL: tl.constexpr,
-):
-    """A row, and its gradient again in float64 where float32 did not do."""
-    close = _one_pass(
-        student,
-        ids,
-        probabilities,
-        loss,
-        kl,
-        gradient,
-        row,
-        factor,
-        one_over_t,
-        exponent,
-        student_stride,
-        RENORMALISE,
-        C,
-        BLOCK,
-        K,
-        K_BLOCK,
-        REAL,
-    )
-    if close:
+            p_log2_p = tl.sum(x_log2_x(p), 0) + (C - K) * x_log2_x(rest)
+            tl.store(kl + row, value + p_log2_p * LN2)
+    if gradient is not None:
         tl.debug_barrier()  # what follows overwrites what other threads have just stored
-        _one_pass(
-            student,
-            ids,
-            probabilities,
-            None,
-            None,
-            gradient,
-            row,
-            factor,
-            one_over_t,
-            exponent,
-            student_stride,
-            RENORMALISE,
-            C,
-            min(BLOCK, AGAIN),
-            K,
-            K_BLOCK,
-            tl.float64,
-        )
+        g = tl.exp2(d) * scale - p * factor
+        tl.store(gradient + row * C + i, g.to(gradient.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def sparse_soft_ce_kernel(
     student,  # [B, C]
     ids,  # [B, k], contiguous
@@ -236,9 +116,8 @@ def sparse_soft_ce_kernel(
     gradient,  # [B, C], contiguous, or None
     upstream,  # None: forward; float32 [B], or [1] with upstream_stride 0: backward
     B,
-    factor,  # of `row_triton.split`
-    one_over_t,
-    exponent,  # of `row_triton.exponent`
+    factor,
+    log2e_over_t,
     upstream_stride: tl.constexpr,
     student_stride: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -246,100 +125,36 @@ def sparse_soft_ce_kernel(
     BLOCK: tl.constexpr,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    REAL: tl.constexpr,
 ):
     """Forward: one program a row. Backward: the rows whose upstream gradient is not 1, anew, several a program."""
+    SPREAD: tl.constexpr = not RENORMALISE and C > K  # noqa: N806
+    out = loss, kl, gradient
     program = tl.program_id(0).to(tl.int64)
-    factor = joined(factor, tl.float64)
     if upstream is None:
-        _row(
-            student,
-            ids,
-            probabilities,
-            loss,
-            kl,
-            gradient,
-            program,
-            factor,
-            one_over_t,
-            exponent,
-            student_stride,
-            RENORMALISE,
-            C,
-            BLOCK,
-            K,
-            K_BLOCK,
-            REAL,
-        )
+        s, i, p = student + program * student_stride, ids + program * K, probabilities + program * K
+        _row(program, s, i, p, out, factor, log2e_over_t, SPREAD, RENORMALISE, C, BLOCK, K, K_BLOCK)
     else:
         for row in tl.range(program, B, tl.num_programs(0), disable_licm=True):  # hoisting takes registers
             scale = tl.load(upstream + row * upstream_stride)
             if scale != 1.0:
-                _row(
-                    student,
-                    ids,
-                    probabilities,
-                    loss,
-                    kl,
-                    gradient,
-                    row,
-                    scale * factor,
-                    one_over_t,
-                    exponent,
-                    student_stride,
-                    RENORMALISE,
-                    C,
-                    BLOCK,
-                    K,
-                    K_BLOCK,
-                    REAL,
-                )
+                s, i, p = student + row * student_stride, ids + row * K, probabilities + row * K
+                _row(row, s, i, p, out, factor * scale, log2e_over_t, SPREAD, RENORMALISE, C, BLOCK, K, K_BLOCK)
 
 
-def launch(
-    student: torch.Tensor,
-    ids: torch.Tensor,
-    probabilities: torch.Tensor,
+@torch.library.custom_op("mealfast::sparse_soft_ce", mutates_args=("samples", "gradient"))
+def sparse_soft_ce(
+    student: Tensor,
+    target: Sequence[Tensor],
     remainder: str,
     temperature: float,
-    factor: float,
-    *,
-    loss: torch.Tensor | None = None,
-    kl: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
+    reduction: str,
+    samples: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
 ) -> None:
-    """Fills what is given of loss [B], kl [B] and gradient [B, C], the last of factor * loss; shapes as in the kernel.
-
-    With `upstream`, a scalar or [B], rewrites the rows of the gradient where it is not 1.
-    """
-    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
-    assert ids.shape[0] == student.shape[0], (ids.shape, student.shape)
-    assert ids.is_contiguous()
-    assert probabilities.is_contiguous()
-    assert_outputs(student, loss, kl, gradient, upstream)
-    dtype = real(gradient)
-    block, options = blocks(student.shape[1], dtype)
-    with torch.cuda.device_of(student):
-        sparse_soft_ce_kernel[programs(student.shape[0], upstream)](
-            student,
-            ids,
-            probabilities,
-            loss,
-            kl,
-            gradient,
-            upstream,
-            student.shape[0],
-            split(factor / temperature),
-            1.0 / temperature,
-            exponent(temperature),
-            upstream_stride=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
-            student_stride=student.stride(0),
-            RENORMALISE=remainder == "renormalise",
-            C=student.shape[1],
-            BLOCK=block,
-            K=ids.shape[1],
-            K_BLOCK=triton.next_power_of_2(ids.shape[1]),
-            REAL=dtype,
-            **options,
-        )
+    """The op of `fused.FusedLoss`, for [B, C] with consecutive classes; target is ids and probabilities, contiguous."""
+    ids, probabilities = target
+    k = ids.shape[1]
+    target = {"ids": ids, "probabilities": probabilities, "K": k, "K_BLOCK": triton.next_power_of_2(k)}
+    target["RENORMALISE"] = remainder == "renormalise"
+    launch(sparse_soft_ce_kernel, student, temperature, reduction, samples, gradient, upstream, **target)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_teachers, as_weights, check_k, check_temperature
+from .checks import as_teachers, as_weights, check_k, check_temperature
 from .dispatch import TRITON, unit_stride, uses_triton
 
 if TRITON:
@@ -46,28 +46,11 @@ def ensemble_topk(
     weights = as_weights(weights, len(teachers))
     temperature = check_temperature(temperature)
     if uses_triton(*teachers):
-        return ensemble_topk_op([unit_stride(teacher) for teacher in teachers], k, weights, temperature)
-    target = reference.ensemble_target(teachers, weights, temperature).to(reference.result_dtype(*teachers))
+        ids = teachers[0].new_empty((teachers[0].shape[0], k), dtype=torch.int32)
+        probabilities = torch.empty_like(ids, dtype=torch.float32)
+        rows = [unit_stride(teacher) for teacher in teachers]
+        topk_targets_triton.ensemble_topk(rows, weights, temperature, ids, probabilities)
+        return ids, probabilities
+    target = reference.ensemble_target(teachers, weights, temperature)
     probabilities, ids = target.sort(dim=-1, descending=True, stable=True)
     return ids[:, :k].int(), probabilities[:, :k].contiguous()
-
-
-@torch.library.custom_op("mealfast::ensemble_topk", mutates_args=())
-def ensemble_topk_op(
-    teachers: Sequence[Tensor], k: int, weights: Sequence[float], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """ids int32 [B, k] and probabilities float32 [B, k]."""
-    ids, probabilities = _outputs(teachers, k)
-    if ids.shape[0] > 0:
-        topk_targets_triton.launch(teachers, weights, temperature, ids, probabilities)
-    return ids, probabilities
-
-
-@ensemble_topk_op.register_fake
-def _(teachers, k, weights, temperature):
-    return _outputs(teachers, k)
-
-
-def _outputs(teachers: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    ids = teachers[0].new_empty((teachers[0].shape[0], k), dtype=torch.int32)
-    return ids, torch.empty_like(ids, dtype=torch.float32)

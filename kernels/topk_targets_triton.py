@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .row_triton import assert_rows, blocks, exponent, split, target_chunk, target_row, teacher_sums
+from .row_triton import blocks, log2e_over, rows_at
+from .soft_ce_triton import target_chunk, target_factors, target_row
 
 
 @triton.jit
@@ -31,10 +33,10 @@ def _top_keys(target, first, C: tl.constexpr, BLOCK: tl.constexpr, K_BLOCK: tl.c
 @triton.jit
 def ensemble_topk_kernel(
     teachers,  # K pointers to [B, C]
-    weights,  # K floats of `row_triton.split` that sum to one
+    weights,  # K numbers that sum to one
     ids,  # int32 [B, k], contiguous
     probabilities,  # float32 [B, k], contiguous
-    exponent,  # of `row_triton.exponent`
+    log2e_over_t,
     teacher_strides: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,14 +45,14 @@ def ensemble_topk_kernel(
 ):
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
+    rows = rows_at(row, teachers, teacher_strides)
     if BLOCK >= C:
-        target, _ = target_row(teachers, teacher_strides, weights, row, exponent, C, BLOCK, tl.float32)
-        keys = _top_keys(target, 0, C, BLOCK, K_BLOCK)
+        keys = _top_keys(target_row(rows, weights, log2e_over_t, C, BLOCK), 0, C, BLOCK, K_BLOCK)
     else:
-        sums = teacher_sums(teachers, teacher_strides, weights, row, exponent, C, BLOCK, tl.float32)
+        of_teachers = target_factors(rows, weights, log2e_over_t, C, BLOCK)
         keys = tl.full([K_BLOCK], -1, tl.int64)
         for first in tl.range(0, C, BLOCK):
-            target = target_chunk(teachers, teacher_strides, sums, row, first, exponent, C, BLOCK, tl.float32)
+            target = target_chunk(rows, first, of_teachers, log2e_over_t, C, BLOCK)
             both = tl.join(keys, _top_keys(target, first, C, BLOCK, K_BLOCK))
             keys = tl.topk(tl.reshape(both, [2 * K_BLOCK]), K_BLOCK)
     entries = tl.arange(0, K_BLOCK)
@@ -60,34 +62,34 @@ def ensemble_topk_kernel(
     tl.store(probabilities + row * K + entries, p, mask=kept)
 
 
-def launch(
-    teachers: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    ids: torch.Tensor,
-    probabilities: torch.Tensor,
-) -> None:
-    """Fills ids and probabilities [B, k]; shapes as in the kernel."""
-    assert len(teachers) == len(weights)
-    for teacher in teachers:
-        assert_rows(teacher, teachers[0])
-    rows, classes = teachers[0].shape
-    assert ids.shape == probabilities.shape, (ids.shape, probabilities.shape)
-    assert ids.shape[0] == rows, (ids.shape, teachers[0].shape)
-    assert ids.is_contiguous()
-    assert probabilities.is_contiguous()
-    kept = max(2, triton.next_power_of_2(ids.shape[1]))  # topk sorts two or more
+def topk_blocks(classes: int, k: int) -> tuple[int, int, dict[str, int]]:
+    """BLOCK, K_BLOCK and the compiler's options."""
+    kept = max(2, triton.next_power_of_2(k))  # topk sorts two or more
     block, options = blocks(max(classes, 2))
+    if block < classes:
+        options["maxnreg"] = 128  # left alone, the assembler spills some bytes to fit a third program beside two
+    return max(block, kept), kept, options
+
+
+@torch.library.custom_op("mealfast::ensemble_topk", mutates_args=("ids", "probabilities"))
+def ensemble_topk(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float, ids: Tensor, probabilities: Tensor
+) -> None:
+    """Fills ids and probabilities; shapes as in the kernel, weights that sum to one."""
+    rows, classes = teachers[0].shape
+    if rows == 0:
+        return
+    block, kept, options = topk_blocks(classes, ids.shape[1])
     with torch.cuda.device_of(ids):
         ensemble_topk_kernel[(rows,)](
             tuple(teachers),
-            tuple(map(split, weights)),
+            tuple(weights),
             ids,
             probabilities,
-            exponent(temperature),
+            log2e_over(temperature),
             teacher_strides=tuple(teacher.stride(0) for teacher in teachers),
             C=classes,
-            BLOCK=max(block, kept),
+            BLOCK=block,
             K=ids.shape[1],
             K_BLOCK=kept,
             **options,

@@ -19,13 +19,33 @@ def script(*arguments: str) -> str:
     return subprocess.run(command, cwd=BENCHMARKS, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_without_a_gpu_it_says_what_is_missing_and_what_is_known():
+def test_without_a_gpu_it_says_what_is_missing_and_predicts(tmp_path):
     pytest.importorskip("triton")
+    out = tmp_path / "kernels.jsonl"
     grid = ["--batch", "64", "--classes", "1000", "--teachers", "2", "--dtype", "bf16", "--arch", "90"]
-    lines = script("kernels.py", *grid).splitlines()
+    lines = script("kernels.py", *grid, "--gpu", "h100", "--out", str(out)).splitlines()
     assert lines[0].startswith("No CUDA device")
     assert any(line.split()[-3:] == ["0.4", "/", "0.5"] for line in lines)  # 64 x 1000 x 2 bytes, 3 and 4 times
-    assert sum("128-bit loads" in line for line in lines) == 2
+    rows = {(row["op"], row["kl"]): row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == {
+        ("dense", False),
+        ("dense", True),
+        ("dense backward", False),
+        ("sparse", True),
+        ("topk", False),
+    }
+    dense = rows["dense", True]
+    expected = {"classes": 1000, "teachers": 2, "dtype": "bf16", "arch": "sm_90", "warps": 1, "bytes_per_row": 8008}
+    assert expected.items() <= dense.items()
+    assert dense["instructions"] == dense["issue_slots_per_row"]  # one warp, no loop
+    assert dense["registers"] > 32
+    # 64 rows of 8,008 bytes at 3.35 TB/s; that many instructions of 132 multiprocessors with 4 schedulers at 1.98 GHz
+    assert dense["predicted us"] == pytest.approx(64 * 8008 / 3.35e6)
+    assert dense["bound"] == "memory"
+    assert dense["predicted us"] > 64 * dense["issue_slots_per_row"] / (132 * 4 * 1.98e3)
+    assert rows["topk", False]["predicted us"] == pytest.approx(
+        max(64 * 4128 / 3.35e6, 64 * rows["topk", False]["issue_slots_per_row"] / (132 * 4 * 1.98e3))
+    )
 
 
 def test_record_says_what_it_was_measured_on(tmp_path):

@@ -9,12 +9,13 @@ import math
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mealfast.kernels import EnsembleSoftCrossEntropy, ensemble_soft_cross_entropy, ensemble_target, soft_ce
+from mealfast.kernels import EnsembleSoftCrossEntropy, ensemble_soft_cross_entropy, ensemble_target
 from mealfast.kernels.dispatch import INTERPRETED, uses_triton
 
 from .kernels_bounds import (
@@ -26,7 +27,8 @@ from .kernels_bounds import (
     check_all,
     logits,
     over,
-    print_worst,
+    probability_bound,
+    report_worst,
     skip_without,
     softmax_mean,
 )
@@ -62,7 +64,7 @@ def triton_device(device):
 @pytest.fixture(scope="module", autouse=True)
 def report():
     yield
-    print_worst()
+    report_worst()
 
 
 def run(student, teachers, upstream=None, **options):
@@ -88,10 +90,9 @@ def test_sizes(device, classes, dtype):
     check_all("dense", student, loss, kl, oracle, "mean")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("reduction", "temperature"), [("mean", 2.5), ("sum", 1.0), ("none", 0.7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("classes", [10, 4100])
+@pytest.mark.parametrize("classes", [10, 4100], ids=["in registers", "swept"])
 def test_upstream_gradients(device, classes, dtype, reduction, temperature):
     batch = 3
     student = logits(batch, classes, dtype=dtype, device=device)
@@ -121,10 +122,7 @@ def test_teachers(device, teachers, classes):
     loss, kl = run(student, teachers, weights=weights, reduction="sum")
     target = softmax_mean(teachers, [w / sum(weights) for w in weights])
     check_all("dense", student, loss, kl, Oracle.of(student, target), "sum")
-    # In float32, as on a GPU, exp(-x) is off by x eps.
-    x = torch.stack([t.double().amax(-1, keepdim=True) - t.double() for t in teachers]).amax(0)
-    bound = EPS if device == "cpu" else (4 + x) * EPS
-    check("target", torch.float32, ensemble_target(teachers, weights=weights), target, bound * target)
+    check("target", torch.float32, ensemble_target(teachers, weights=weights), target, probability_bound(target))
 
 
 def test_one_tensor_of_teachers_is_the_sequence(device):
@@ -151,20 +149,33 @@ def test_rows_of_any_stride(device):
         torch.testing.assert_close(student.grad, contiguous.grad, rtol=0, atol=2 * EPS)
 
 
-@settings(
-    max_examples=20 if INTERPRETED else 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    shape=st.tuples(st.integers(0, 4), st.integers(1, 70)),
-    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=5),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0]),
-    offset=st.sampled_from([0.0, -60.0, 1000.0]),
-    temperature=st.sampled_from([0.5, 1.0, 4.0]),
-    masked=st.integers(0, 5),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    seed=st.integers(0, 2**32),
-)
-def test_drawn(device, shape, dtypes, scale, offset, temperature, masked, reduction, seed):
+DRAWN = {
+    "shape": st.tuples(st.integers(0, 4), st.integers(1, 70)),
+    "dtypes": st.lists(st.sampled_from(DTYPES), min_size=2, max_size=5),
+    "scale": st.sampled_from([0.0, 0.1, 1.0, 10.0]),
+    "offset": st.sampled_from([0.0, -60.0, 1000.0]),
+    "temperature": st.sampled_from([0.5, 1.0, 4.0]),
+    "masked": st.integers(0, 5),
+    "reduction": st.sampled_from(["mean", "sum", "none"]),
+    "seed": st.integers(0, 2**32),
+}
+
+
+@settings(max_examples=20 if INTERPRETED else 100, deadline=None)
+@given(**DRAWN)
+def test_drawn(**drawn):
+    check_drawn("cpu", **drawn)
+
+
+@pytest.mark.gpu
+@settings(max_examples=10, deadline=None)  # each is a shape to compile for
+@given(**DRAWN)
+def test_drawn_on_a_gpu(**drawn):
+    skip_without("cuda")
+    check_drawn("cuda", **drawn)
+
+
+def check_drawn(device, shape, dtypes, scale, offset, temperature, masked, reduction, seed):
     batch, classes = shape
     tensors = [
         logits(batch, classes, dtype=dtype, device=device, scale=scale, seed=seed + i) + offset
@@ -177,22 +188,17 @@ def test_drawn(device, shape, dtypes, scale, offset, temperature, masked, reduct
     loss, kl = run(student, teachers, upstream, reduction=reduction, temperature=temperature)
     assert kl.shape == loss.shape == (shape[:1] if reduction == "none" else ())
     assert student.grad.shape == shape
-    if batch == 0:
-        return
-    if reduction == "mean":
-        upstream = upstream / batch
-    oracle = Oracle.of(student, softmax_mean(teachers, temperature=temperature), temperature, upstream)
-    reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction]
-    check("drawn loss", student.dtype, loss.detach(), reduce(oracle.loss), reduce(oracle.loss_bound()))
-    check("drawn kl", student.dtype, kl, reduce(oracle.kl), reduce(oracle.kl_bound()))
-    check("drawn gradient", student.dtype, student.grad, oracle.gradient, oracle.gradient_bound(student.dtype))
+    if batch > 0:
+        upstream = upstream / batch if reduction == "mean" else upstream
+        oracle = Oracle.of(student, softmax_mean(teachers, temperature=temperature), temperature, upstream)
+        check_all("drawn", student, loss, kl, oracle, reduction)
 
 
 # The bounds themselves.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [c for c in CLASSES if c > 1])
+@pytest.mark.parametrize("classes", [2, 1000, 65536])
 def test_the_bounds_refuse_a_gradient_of_zero_and_one_without_its_mean(classes, dtype):
     batch = 2
     student = logits(batch, classes, dtype=dtype)
@@ -201,6 +207,36 @@ def test_the_bounds_refuse_a_gradient_of_zero_and_one_without_its_mean(classes, 
     assert over(right, oracle.gradient, oracle.gradient_bound(dtype)) < 1
     for wrong in (torch.zeros_like(right), right * batch):
         assert over(wrong, oracle.gradient, oracle.gradient_bound(dtype)) > 10
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_bounds_refuse_accumulation_in_float16(classes):
+    """With reduction "sum": a mean's 1/B hides much of it below float16's smallest numbers."""
+    student, teacher = (logits(4, classes, dtype=torch.float16, seed=seed) for seed in range(2))
+    e = [(x - x.amax(-1, keepdim=True)).exp() for x in (student, teacher)]
+    total = [torch.zeros(4, dtype=torch.float16) for _ in e]
+    for c in range(classes):
+        total = [t + x[:, c] for t, x in zip(total, e, strict=True)]
+    q, p = (x / t[:, None] for x, t in zip(e, total, strict=True))
+    oracle = Oracle.of(student, softmax_mean([teacher]))
+    assert over(q - p, oracle.gradient, oracle.gradient_bound(torch.float16)) > 3
+    loss = total[0].log() + ((student.amax(-1, keepdim=True) - student) * p).sum(-1)
+    assert over(loss.sum(), oracle.loss.sum(), oracle.loss_bound().sum()) > 10
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="takes the interpreter, whose exponential can be exchanged")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 1000, 4100])
+def test_the_bounds_leave_room_for_a_gpus_functions(classes, dtype, monkeypatch):
+    """exp2 off by 2 units in the last place, log2 by 2 eps of 1 or of itself (PTX's bounds), both always upwards."""
+    exp2, log2 = numpy.exp2, numpy.log2
+    monkeypatch.setattr(numpy, "exp2", lambda x: (exp2(x) * numpy.float32(1 + 2 * EPS)).astype(x.dtype))
+    monkeypatch.setattr(numpy, "log2", lambda x: (log2(x) + 2 * EPS * numpy.maximum(1, abs(log2(x)))).astype(x.dtype))
+    student = logits(8, classes, dtype=dtype)
+    teachers = [logits(8, classes, dtype=dtype, seed=k + 1) for k in range(2)]
+    student[:4] = teachers[0][:4]
+    loss, kl = run(student, teachers, reduction="none")
+    check_all("off", student, loss, kl, Oracle.of(student, softmax_mean(teachers)), "none")
 
 
 def test_the_reference_in_float64_passes_gradcheck():
@@ -232,8 +268,8 @@ def test_masked_classes_are_as_if_absent(rows):
     for tensor in rows:
         tensor[:, :5] = -math.inf
     loss, kl = run(student, teachers, reduction="none")
-    torch.testing.assert_close(loss, expected, rtol=4 * EPS, atol=0)
-    torch.testing.assert_close(kl, expected_kl, rtol=0, atol=8 * EPS * expected.max().item())
+    torch.testing.assert_close(loss, expected, rtol=8 * EPS, atol=8 * EPS)
+    torch.testing.assert_close(kl, expected_kl, rtol=0, atol=12 * EPS * (1 + expected.max().item()))
     assert student.grad[:, :5].eq(0).all()
 
 
@@ -276,42 +312,25 @@ def test_one_logit_far_above_many(device):
     check_all("dense", student, loss, kl, Oracle.of(student, softmax_mean([teacher])), "none")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ties", [2, 3, 12])
-def test_agreement_of_equal_logits(device, ties, dtype):
-    """A gradient of exactly 0, or next to it, where the student has no single largest class."""
-    student = torch.full((4, 12), -math.inf)
-    student[:, :ties] = torch.tensor([-60.0, -7.25, 1.0, 30.0])[:, None]
-    student[2:, ties:] = -6.0
-    student = student.to(device, dtype)
-    teacher = student.float()
-    teacher[1::2, 0] += 1e-5
-    loss, kl = run(student, [teacher], reduction="none")
-    check_all("tied", student, loss, kl, Oracle.of(student, softmax_mean([teacher])), "none")
-
-
 @pytest.mark.parametrize("classes", [2, 12])
 def test_two_classes_share_the_whole_mass(device, classes):
-    """One's exponential is 1 but for a rounding, their sum 2 or just below: nearly that of a confident row."""
+    """Equal logits, at offsets whose own rounding is larger than the loss's."""
     tops = torch.tensor([-60.0, -7.3, -0.1, 33.7, 1234.5])[:, None]
     logits = torch.cat([tops, tops, (tops - 500).expand(-1, classes - 2)], 1).to(device)
-    for dtype in (torch.float32, torch.bfloat16):
-        for temperature in (0.7, 1.0):
-            student = torch.zeros_like(logits, dtype=dtype)
-            student[:, 2:] = -200
-            loss, kl = run(student, [logits], reduction="none", temperature=temperature)
-            oracle = Oracle.of(student, softmax_mean([logits], temperature=temperature), temperature)
-            check_all("tied", student, loss, kl, oracle, "none")
+    for dtype, temperature in ((torch.float32, 0.7), (torch.bfloat16, 1.0)):
+        student = torch.zeros_like(logits, dtype=dtype)
+        student[:, 2:] = -200
+        loss, kl = run(student, [logits], reduction="none", temperature=temperature)
+        oracle = Oracle.of(student, softmax_mean([logits], temperature=temperature), temperature)
+        check_all("tied", student, loss, kl, oracle, "none")
 
 
 @pytest.mark.parametrize("teachers_class", [0, 1], ids=["agree", "differ"])
 @pytest.mark.parametrize("classes", [2, 1000, 4100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_confident_rows_keep_their_last_bits(device, dtype, classes, teachers_class):
-    """1 + exp(-20) is 1.000000002: in float32, the loss and the largest gradient are in what that rounds away. And a
-    thousand numbers of half an eps, added to 1 one after the other, are a thousand errors of the same sign."""
-    offsets = 3 * torch.arange(11)  # from no confidence to a loss of about 1e-10
-    student, teacher = (logits(11, classes, scale=0.5, seed=seed) for seed in range(2))
+def test_confident_rows(device, dtype, classes, teachers_class):
+    offsets = 10 * torch.arange(4)  # from no confidence to a loss of about 1e-10
+    student, teacher = (logits(4, classes, scale=0.5, seed=seed) for seed in range(2))
     student[:, 0] += offsets
     teacher[:, teachers_class] += offsets
     student, teacher = student.to(device, dtype), teacher.to(device, dtype)
@@ -322,26 +341,14 @@ def test_confident_rows_keep_their_last_bits(device, dtype, classes, teachers_cl
     assert (kl >= 0).all()
 
 
-NOISE_AND_CONFIDENCE = [(1.0, 0), (0.1, 0), (1e-3, 0), (1e-5, 0), (0.0, 0), (1e-2, 10), (1e-5, 10), (0.0, 25)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("classes", "weights", "temperature"),
-    [
-        (2, [1.0], 2.5),
-        (10, [1.0] * 16, 0.7),
-        (1000, [1.0], 1.0),
-        (1000, [1.0, 2.0], 0.7),
-        (4100, [1.0] * 3, 2.5),
-        (21843, [1.0], 1.0),
-    ],
+    [(2, [1.0], 2.5), (10, [1.0] * 16, 0.7), (1000, [1.0, 2.0], 1.0), (4100, [1.0] * 3, 2.5)],
 )
-def test_agreement_keeps_its_last_bits(device, dtype, classes, weights, temperature):
+def test_student_and_target_that_agree(device, dtype, classes, weights, temperature):
     """The gradient is the difference of two probabilities, which may be anything down to nothing."""
-    if INTERPRETED and (len(weights) == 16 or classes > 10000) and dtype != torch.float32:
-        pytest.skip("takes the interpreter long; the sizes between do the same")
-    noise, confidence = torch.tensor(NOISE_AND_CONFIDENCE[2:7:2] if classes > 4096 else NOISE_AND_CONFIDENCE).T
+    noise, confidence = torch.tensor([(0.1, 0), (1e-3, 0), (1e-5, 0), (0.0, 0), (1e-5, 10), (0.0, 25)]).T
     student = logits(len(noise), classes)
     student[:, 0] += confidence
     student = student.to(device, dtype)
@@ -464,12 +471,11 @@ def test_autocast_does_not_touch_it(device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(triton_device, reduction):
     student, teachers = logits(3, 5, device=triton_device), [logits(3, 5, device=triton_device, seed=1)] * 2
-    options = [0.5, 0.5], 1.0, reduction
-    for extras in (True, False):
-        torch.library.opcheck(soft_ce.ensemble_soft_ce, (student, teachers, *options, extras, extras))
+    call = student, teachers, [0.5, 0.5], 1.0, reduction
+    samples, gradient = torch.zeros(2, 3, device=triton_device), torch.zeros_like(student)
     upstream = torch.full([3] if reduction == "none" else [], 2.0, device=triton_device)
-    gradient = torch.zeros_like(student)
-    torch.library.opcheck(soft_ce.ensemble_soft_ce_backward, (gradient, upstream, student, teachers, *options))
+    for outputs in ((samples, gradient, None), (samples[:1], None, None), (None, gradient, upstream)):
+        torch.library.opcheck(torch.ops.mealfast.ensemble_soft_ce, (*call, *outputs))
 
 
 WITHOUT_TRITON = """
