@@ -56,6 +56,10 @@ def make_parser() -> Parser:
     add = machine.add_argument
     add("--loader", choices=("dali", "pillow"), default="dali", help="what decodes the images (default: dali)")
     add("--loader-threads", type=int, metavar="N", help="decoding threads (default: one for each core)")
+    add(
+        "--loader-timeout", type=int, default=300, metavar="SECONDS",
+        help="seconds without one image after which the command ends (default: 300)",
+    )  # fmt: skip
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch and process (default: 64)")
     add_device_option(machine)
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="mixed precision (default: off)")
@@ -66,7 +70,7 @@ def make_parser() -> Parser:
 def evaluate_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
-    check_positive(options, "batch_size", "loader_threads")
+    check_positive(options, "batch_size", "loader_threads", "loader_timeout")
     check_view_options(options)
     _check_figure(options.confusion)
 
@@ -125,6 +129,7 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         eval_loader(
             options.loader, index, kind, batch_size=options.batch_size, rank=runtime.rank,
             world_size=runtime.world_size, device=runtime.device, threads=options.loader_threads,
+            timeout=options.loader_timeout,
         )
         for kind in kinds
     ]  # fmt: skip

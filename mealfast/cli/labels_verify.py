@@ -34,6 +34,10 @@ def make_parser() -> Parser:
     add("--sample", type=int, default=4, metavar="N", help="number of batches to compute anew (default: 4)")
     add("--loader", choices=("dali", "pillow"), help="what decodes the images (default: the one that made the cache)")
     add("--loader-threads", type=int, metavar="N", help="decoding threads (default: one for each core)")
+    add(
+        "--loader-timeout", type=int, default=300, metavar="SECONDS",
+        help="seconds without one image after which the command ends (default: 300)",
+    )  # fmt: skip
     add_device_option(parser)
     add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: as the cache was made)")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -43,7 +47,7 @@ def make_parser() -> Parser:
 def verify_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
-    check_positive(options, "sample", "loader_threads")
+    check_positive(options, "sample", "loader_threads", "loader_timeout")
     if options.teachers and not options.data:
         raise UsageError("--teachers: give --data too, the images that they are to label")
     from mealfast.labels import verify as labels_verify
@@ -70,6 +74,7 @@ def verify_command(argv: list[str]) -> int:
                 "size": header.plan.get("size"),
                 "loader": options.loader or header.made_with.get("loader"),
                 "loader_threads": options.loader_threads,
+                "loader_timeout": options.loader_timeout,
                 "device": options.device,
                 "amp": options.amp or _PRECISIONS.get(str(header.made_with.get("precision")), "off"),
                 "compile": header.made_with.get("compiled") is True,

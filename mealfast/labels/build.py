@@ -90,7 +90,14 @@ def build(
 def _first_images(recipe: Recipe, runtime: Runtime, index: ImageIndex, plan: ViewPlan, rows: int) -> torch.Tensor:
     """uint8 [rows, H, W, 3]: the first batch."""
     loader = label_loader(
-        recipe.loader, index, plan, [(0, 0)], batch_size=rows, device=runtime.device, threads=recipe.loader_threads
+        recipe.loader,
+        index,
+        plan,
+        [(0, 0)],
+        batch_size=rows,
+        device=runtime.device,
+        threads=recipe.loader_threads,
+        timeout=recipe.loader_timeout,
     )
     try:
         return next(iter(loader)).images

@@ -84,7 +84,7 @@ class Labeller:
             return
         loader = label_loader(
             self.recipe.loader, self.index, self.plan, batches, batch_size=self.batch_size, device=self.runtime.device,
-            threads=self.recipe.loader_threads,
+            threads=self.recipe.loader_threads, timeout=self.recipe.loader_timeout,
         )  # fmt: skip
         pad_to = self.batch_size if self.teachers.compiled else None  # compiled models see one shape only
         try:
