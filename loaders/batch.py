@@ -35,3 +35,11 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def close(self) -> None: ...
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Relative path -> reason of the files that broke or vanished after the scan."""
+
+    @property
+    def replaced_count(self) -> int:
+        """Views that others stood in for."""

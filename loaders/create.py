@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def train_loader(
     live_epochs: range = range(0),
     timeout: float = TIMEOUT,
     stopping: Callable[[], bool] | None = None,
-) -> PrefetchLoader:
+) -> PrefetchLoader[Any]:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
@@ -79,7 +79,7 @@ def label_loader(
     threads: int | None = None,
     timeout: float = TIMEOUT,
     stopping: Callable[[], bool] | None = None,
-) -> PrefetchLoader:
+) -> PrefetchLoader[Any]:
     """A Loader of the batches (view, first row) of a plan, images in the index's order, as a label cache is made.
 
     Each holds `batch_size` images, the last of a view fewer; (view, rows int64 [B]) stands for just these. A broken
@@ -101,7 +101,7 @@ def eval_loader(
     threads: int | None = None,
     timeout: float = TIMEOUT,
     stopping: Callable[[], bool] | None = None,
-) -> PrefetchLoader:
+) -> PrefetchLoader[Any]:
     """A Loader of every image once over all ranks, in the index's order; `batch_size` is each rank's, the last smaller.
 
     A rank for which no image is left yields nothing. A broken file raises DataError: it cannot be replaced honestly.
@@ -120,7 +120,7 @@ def _loader(
     timeout: float,
     stopping: Callable[[], bool] | None,
     decoding: GpuDecoding | None = None,
-) -> PrefetchLoader:
+) -> PrefetchLoader[Any]:
     threads = core_share() if threads is None else threads
     prefetch = PREFETCH if prefetch is None else prefetch
     if threads < 1 or prefetch < 1:

@@ -136,7 +136,7 @@ class DaliLoader(PrefetchLoader[_Decoding]):
 
         def fill(rows: list[int]) -> None:
             for row in rows:
-                crop = torch.from_dlpack(crops[row])
+                crop = torch.utils.dlpack.from_dlpack(crops[row])
                 resized, offset = views.resized[row].tolist(), views.offsets[row].tolist()
                 resize_into(pixels[row], crop, resized, offset, self._steps.interpolation)
 

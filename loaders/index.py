@@ -53,10 +53,10 @@ class ImageIndex:
     @classmethod
     def scan(
         cls,
-        root: str | os.PathLike,
+        root: str | os.PathLike[str],
         *,
         classes: Sequence[str] | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         workers: int | None = None,
         progress: bool = False,
         decode: bool = False,

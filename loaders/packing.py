@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ from .probe import PLAIN, open_image, reason
 
 def pack(
     index: ImageIndex,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     shard_bytes: int = 1 << 30,
     shorter_side: int | None = None,
@@ -86,7 +86,7 @@ def _encoded_images(index: ImageIndex, shorter_side: int | None, quality: int, w
     """The images in order, a few of them worked on ahead."""
     with ThreadPoolExecutor(workers, thread_name_prefix="mealfast-pack") as pool:
         rows = iter(range(len(index)))
-        ahead: deque[Future] = deque()
+        ahead: deque[Future[Any]] = deque()
         try:
             while True:
                 for i in islice(rows, 4 * workers - len(ahead)):

@@ -14,7 +14,7 @@ import sys
 import warnings
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 # What a probe found, as bits of one byte.
@@ -116,7 +116,7 @@ def _frame_marker(file: BinaryIO) -> int | None:
 
 def reason(error: Exception) -> str:
     """Why Pillow refuses a file, in at most 200 characters: its own words, to be escaped before they are shown."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can identify"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

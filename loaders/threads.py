@@ -9,10 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Task = tuple[Future, Callable[[], object]]
+_Task = tuple["Future[Any]", Callable[[], object]]
 
 
 class WorkerThreads:
@@ -73,7 +73,7 @@ def _serve(tasks: SimpleQueue[_Task | None]) -> None:
         del task  # or what it refers to would live until the next one comes
 
 
-def _run(future: Future, function: Callable[[], object]) -> None:
+def _run(future: Future[Any], function: Callable[[], object]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:

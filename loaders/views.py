@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class ViewPlan:
     def __len__(self) -> int:
         return len(self.widths)
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything, besides the images' sizes, that decides the views: what a label cache or a resume compares."""
         return {
             "law": LAW,

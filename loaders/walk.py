@@ -88,7 +88,7 @@ def _files_and_folders(folder: bytes, prefix: bytes) -> tuple[list[tuple[bytes, 
     return files, folders
 
 
-def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
+def _size_and_time(entry: os.DirEntry[bytes]) -> tuple[int, int]:
     try:
         status = entry.stat()
     except OSError:  # a dangling link: probing it will tell

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mealfast.loaders import DataError
-from mealfast.models.weights import torch_load, why_unreadable
+from mealfast.models.torch_files import torch_load, why_unreadable
 
 # FKD's names -> k. Smoothing spreads the rest evenly over the other classes, renorm scales the k values to sum to one.
 FLAVOURS = {

@@ -82,7 +82,7 @@ def write_plan(recipe: Recipe, runtime: Runtime) -> WritePlan | None:
         return None
     known, plan = _of_the_run_that_goes_on(recipe)
     plan = plan if known else _for_a_new_run(recipe)
-    return runtime.gather(plan)[0]  # type: ignore[return-value]  # another process may look a moment later
+    return runtime.gather(plan)[0]  # another process may look a moment later
 
 
 def _of_the_run_that_goes_on(recipe: Recipe) -> tuple[bool, WritePlan | None]:

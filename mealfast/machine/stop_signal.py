@@ -57,9 +57,9 @@ class Agreement:
     """Lets all processes know, step by step, what one of them wants. Every one calls it equally often."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
         # Gloo, so that the agreement never waits for a GPU.
-        self._group = dist.new_group(backend="gloo", timeout=runtime.timeout) if runtime.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=runtime.timeout) if runtime.world_size > 1 else None
         self.delay = 0 if self._group is None else 1  # calls after which a wish is known
 
     def __call__(self, wish: int) -> int:
@@ -72,5 +72,6 @@ class Agreement:
         self._pending = tensor, work
         if earlier is None:
             return 0
-        earlier[1].wait()
+        if earlier[1] is not None:
+            earlier[1].wait()
         return int(earlier[0].item())

@@ -98,7 +98,8 @@ class Timer:
         calls = self._calls(call, self.seconds / WINDOWS)
         times = [self.window(call, calls) / calls for _ in range(WINDOWS)]
         low, middle, high = statistics.quantiles(times, n=4)
-        return Stage(name, *(self.batch_size / one for one in (middle, high, low)), middle)
+        rate, p25, p75 = (self.batch_size / one for one in (middle, high, low))
+        return Stage(name, rate, p25, p75, middle)
 
     def _calls(self, call: Callable[[], Any], seconds: float) -> int:
         """How many calls take about that long. A few alone would not tell: a loader has some batches ready."""

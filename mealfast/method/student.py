@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class Student:
         discriminator = None if mode == "off" else Discriminator(model.num_classes, mode)
         objective = Objective(recipe.hard_label_weight, discriminator)
         self._trained = _Trained(model, objective, precision_of(model, recipe.amp, runtime.device))
-        self._trained.to(runtime.device, memory_format=torch.channels_last).train()
+        self._trained.to(runtime.device).to(memory_format=torch.channels_last).train()
         if compile:
             model.compile(dynamic=False)  # in place: the state dict keeps timm's keys
         self._wrapped = _distributed(self._trained, recipe, runtime)
@@ -124,12 +125,13 @@ def _distributed(trained: _Trained, recipe: Recipe, runtime: Runtime) -> nn.Modu
     if on_cpu:  # one that is unused, in no optimiser and no state dict: DDP warns where it finds none
         trained.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
+    unsynced: dict[str, Any] = {sync_buffers: False}
     wrap = partial(
         DistributedDataParallel,
         trained,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
         # Running statistics are never read in training mode: they are broadcast where they are (evaluation), not here.
-        **{sync_buffers: False},
+        **unsynced,
         gradient_as_bucket_view=True,
         static_graph=recipe.accumulate == 1 and not on_cpu,
         find_unused_parameters=on_cpu,

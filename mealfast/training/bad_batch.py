@@ -60,7 +60,8 @@ def diagnose(job: Job, batch: Batch) -> dict[str, Any]:
         if job.teachers:
             logits["teachers"] = job.teachers(batch.images)
     own = {name: [_extremes(one.float()) for one in some] for name, some in logits.items()}
-    shares = job.runtime.gather({"indices": batch.indices.tolist(), "logits": own})
+    mine: dict[str, Any] = {"indices": batch.indices.tolist(), "logits": own}
+    shares = job.runtime.gather(mine)
     indices = [i for share in shares for i in share["indices"]]
     found: dict[str, Any] = {"indices": indices, "paths": [job.data.train.display_path(i) for i in indices]}
     for name, some in own.items():

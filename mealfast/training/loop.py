@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from mealfast.errors import RunError
-from mealfast.loaders import Batch, LoaderStopped
+from mealfast.loaders import Batch, Loader, LoaderStopped
 from mealfast.machine import lock, processes
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Agreement, Stopped, StopSignal
@@ -95,7 +95,7 @@ class Loop:
     clock: Clock
     first: int  # the step that this process began with
     batch: Batch | None  # of the step taken last
-    replaced: _Replaced | None  # the loader's count of images that stand in for broken ones
+    loader: Loader | None  # knows the images that it had to replace
     dead_lines: int  # logged means of the discriminator's loss at ln 2, one after the other
     began: float  # seconds, the step that is being taken
 
@@ -104,7 +104,7 @@ class Loop:
         self.step = job.step(outputs.recording)
         self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
         self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
-        self.first, self.batch, self.replaced, self.dead_lines, self.began = where.step, None, None, 0, 0.0
+        self.first, self.batch, self.loader, self.dead_lines, self.began = where.step, None, None, 0, 0.0
 
     def run(self) -> None:
         """What an earlier process left undone, then the steps."""
@@ -118,7 +118,7 @@ class Loop:
         if where.step < calendar.last and not stopping:
             cache = self.outputs.recording.cache if self.outputs.recording else None
             with closing(job.loader(where.step, calendar.last, cache, lambda: self.stop.asked)) as loader:
-                self.replaced = loader
+                self.loader = loader
                 self.steps(Feed(loader, 2 * self.agreed.delay))
 
     def steps(self, feed: Feed) -> None:
@@ -285,7 +285,7 @@ class Loop:
 
     def figures(self, seconds: float) -> Figures:
         """Of this process's part of the run."""
-        replaced, views = (self.replaced.replaced, self.replaced.replaced_count) if self.replaced else ({}, 0)
+        replaced, views = (self.loader.replaced, self.loader.replaced_count) if self.loader else ({}, 0)
         return Figures(*self.clock.medians(), seconds, replaced, views)
 
     def replay(self) -> float | None:
@@ -305,13 +305,3 @@ class Loop:
             clock.add(time.perf_counter() - began, 0.0)
             clock.close_window(self.job.recipe.batch_size)
         return clock.medians()[0]
-
-
-class _Replaced(Protocol):
-    """A training loader's record of the images that it could not show."""
-
-    @property
-    def replaced(self) -> dict[str, str]: ...
-
-    @property
-    def replaced_count(self) -> int: ...

@@ -29,7 +29,7 @@ class Optimiser:
             lr = recipe.lr if recipe.discriminator_lr is None else recipe.discriminator_lr
             groups.append({"params": list(student.discriminator.parameters()), "base_lr": lr})
         self._update: Callable[[torch.Tensor], None]
-        settings = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        settings: dict[str, Any] = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
         self._sgd: Any  # Apex's class has no types
         if recipe.optimizer == "sgd":
             self._sgd, self._update = torch.optim.SGD(groups, fused=True, **settings), self._update_fused

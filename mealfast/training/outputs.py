@@ -66,7 +66,9 @@ class Outputs:
     def show_pictures(self, step: int) -> Callable[[torch.Tensor, torch.Tensor, list[str]], None] | None:
         """Where an evaluation after `step` steps shows its first images; None: nowhere."""
         telemetry = self.telemetry
-        return None if telemetry is None else lambda *shown: telemetry.pictures(*shown, step)
+        if telemetry is None:
+            return None
+        return lambda images, targets, names: telemetry.pictures(images, targets, names, step)
 
     def save(self, step: int, state: dict[str, Any], *, best: bool) -> None:
         """Has a checkpoint written, and the label cache brought to disk before it."""

@@ -5,14 +5,14 @@ Shape legend: B images of this process, H and W pixels, M models, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mealfast.kernels import ensemble_soft_cross_entropy, ensemble_target
-from mealfast.loaders import Batch, DataError, Loader, LoaderStopped
+from mealfast.loaders import Batch, DataError, LoaderStopped
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Stopped
 from mealfast.models.ensemble import padded
@@ -46,7 +46,7 @@ class Evaluation:
 def evaluate(
     predict: Predict,
     num_models: int,
-    loaders: Sequence[Loader],
+    loaders: Sequence[Iterable[Batch]],
     runtime: Runtime,
     *,
     ensemble: Sequence[int] = (),

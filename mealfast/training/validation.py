@@ -96,7 +96,8 @@ class _FirstBatch:
     """Hands the first images of an evaluation on, with their targets, and ignores the rest."""
 
     def __init__(self, show: ShowPictures, names: list[str]) -> None:
-        self.show, self.names = show, names
+        self.show: ShowPictures | None = show
+        self.names = names
 
     def __call__(self, images: torch.Tensor, logits: list[torch.Tensor]) -> None:
         if self.show is not None:
