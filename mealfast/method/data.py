@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 from mealfast.errors import UsageError
 from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
 from mealfast.machine.processes import Runtime
+from mealfast.machine.terminal import is_terminal
 from mealfast.recipe import Recipe
 
 
@@ -51,7 +52,7 @@ def scan_images(data: str, part: str, runtime: Runtime, workers: int | None = No
         return ImageIndex.scan(
             folder / part if (folder / part).is_dir() else folder,
             workers=workers,
-            progress=runtime.is_main and sys.stderr.isatty(),
+            progress=runtime.is_main and is_terminal(sys.stderr),
         )
 
 

@@ -17,6 +17,7 @@ from mealfast.labels.fit import check_fit, open_label_cache
 from mealfast.labels.write_through import write_plan
 from mealfast.machine.precision import precision
 from mealfast.machine.processes import Runtime
+from mealfast.machine.terminal import is_terminal
 from mealfast.method.data import Splits, number_classes, scan_splits, view_plan
 from mealfast.method.student import Student
 from mealfast.models import normalised as models
@@ -45,7 +46,7 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
         )
     with runtime.main_first():  # the others find the index that the main process has stored
         found = scan_splits(
-            recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and sys.stderr.isatty()
+            recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and is_terminal(sys.stderr)
         )
     job, loaded = _assemble(recipe, runtime, found)
     checkpoint = resume.find(recipe, directory)

@@ -48,7 +48,7 @@ def test_a_cache_decides_the_seed_and_the_number(index):
 
 
 def test_a_folder_of_images_or_one_that_holds_it(tree, tmp_path):
-    runtime = start("cpu", "off")
+    runtime = start("cpu")
     assert scan_images(str(tree), "train", runtime).root == tree / "train"
     assert scan_images(str(tree), "val", runtime).root == tree / "val"
     shutil.copytree(tree / "val", tmp_path / "images")
