@@ -77,8 +77,8 @@ def finish(
     summary["replayed_images_per_second"] = replay()
     if job.runtime.is_main:
         stored = report.stored_summary(directory.summary)
-        nothing_done = figures.images_per_second is None and stored.get("steps") == where.step
-        if nothing_done and stored.get("finished") == summary["finished"]:  # the run's own figures stay
+        same = all(stored.get(name) == summary[name] for name in ("finished", "steps", "total_steps", "final"))
+        if figures.images_per_second is None and same:  # nothing was left to do: the run's own figures stay
             summary = stored
         problems += _refused(directory.summary, partial(write_json, content=summary))
     if problems:

@@ -61,7 +61,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Takes a job from where it stands to its end, and writes what a run writes. `notes` are said first."""
     began = time.perf_counter()
-    with Outputs(job, where, directory) as outputs, StopSignal() as stop:
+    with Outputs(job, where, directory) as outputs:
         for line in [*(notes or []), *report.introduction(job)]:
             outputs.say(line)
         if outputs.recording:
@@ -71,14 +71,15 @@ def run_job(
             at_start(job, where, outputs.say)
         if where.step:
             outputs.say(f"resuming after {where.step} of {job.calendar.total_steps} steps")
-        loop = Loop(job, where, outputs, stop)
-        try:
-            loop.run()
-            outputs.flush()
-            return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
-        except Exception as error:
-            loop.rescue(error)
-            raise
+        with StopSignal() as stop:  # only from here on is there something to keep
+            loop = Loop(job, where, outputs, stop)
+            try:
+                loop.run()
+                outputs.flush()
+                return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
+            except Exception:
+                loop.rescue()
+                raise
 
 
 class Loop:
@@ -97,7 +98,7 @@ class Loop:
     batch: Batch | None  # of the step taken last
     loader: Loader | None  # knows the images that it had to replace
     dead_lines: int  # logged means of the discriminator's loss at ln 2, one after the other
-    began: float  # seconds, the step that is being taken
+    began: float  # when the step that is being taken began
 
     def __init__(self, job: Job, where: Where, outputs: Outputs, stop: StopSignal) -> None:
         self.job, self.where, self.outputs, self.stop = job, where, outputs, stop
@@ -126,17 +127,17 @@ class Loop:
         job, where, calendar = self.job, self.where, self.job.calendar
         stopping = self.agree_on_the_first(feed)
         while where.step < calendar.last and not stopping:
-            began = self.began = time.perf_counter()
+            self.began = time.perf_counter()
             try:
                 self.batch = feed.next()
             except LoaderStopped:  # a signal, while no batch came
                 if where.step > self.outputs.saved:
                     self.save()
                 return
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - self.began
             self.step(self.batch, where.step)
             self.count_step()
-            self.log_if_due(began, waited)
+            self.log_if_due(waited)
             wish = self.agreed(_FAILED if feed.error else int(self.stop.asked))
             stopping = wish > 0 or self.guard.too_many
             evaluating = calendar.must_evaluate(where.step)
@@ -169,14 +170,14 @@ class Loop:
         self.where.step += 1
         self.guard.note(self.job.meter.skipped)
 
-    def log_if_due(self, began: float, waited: float) -> None:
+    def log_if_due(self, waited: float) -> None:
         """Logs when the calendar says so, the only times that the host waits for the device."""
         job, steps = self.job, self.where.step
         due = job.calendar.writes_line(steps)
         means = job.meter.means(job.runtime) if due else {}
         if due or job.runtime.device.type == "cpu":
             self.read_guard()
-        self.clock.add(time.perf_counter() - began, waited)
+        self.clock.add(time.perf_counter() - self.began, waited)
         self.outputs.progress.advance()
         if due:
             self.write_line(means, *self.clock.close_window(job.recipe.batch_size))
@@ -263,7 +264,7 @@ class Loop:
         assert self.batch is not None
         raise RunError(bad_batch.report(self.job, self.batch, self.where.step - 1, self.outputs.directory))
 
-    def rescue(self, error: Exception) -> None:
+    def rescue(self) -> None:
         """Saves what the steps so far have reached, where an error ended the run.
 
         With several processes there is nothing to do here: what a loader or an evaluation meets all of them know in
@@ -275,7 +276,7 @@ class Loop:
             self.step.undo()
             if self.step.taken == self.where.step:  # taken, and then the error came before it was counted
                 self.count_step()
-                self.log_if_due(self.began, 0.0)
+                self.log_if_due(0.0)
             if self.where.step > self.outputs.saved:
                 self.write_checkpoint()  # targets that a label cache did not take are made again
             if self.outputs.checkpoints:
@@ -291,7 +292,7 @@ class Loop:
     def replay(self) -> float | None:
         """Images/s of a few more steps on the last batch: what this run would reach if data cost nothing. None where
         the run was asked to stop. All processes together."""
-        if self.batch is None or self.where.step < self.job.calendar.last or self.stop.asked:
+        if self.batch is None or self.where.step < self.job.calendar.last:
             return None
         # Not the recording step: what is only measured is not written.
         step = self.step
@@ -299,6 +300,8 @@ class Loop:
             step = self.job.step(GivenTargets() if self.batch.targets else None)
         clock = Clock()
         for _ in range(1 + min(max((self.where.step - self.first) // 50, 2), 20)):
+            if self.agreed(int(self.stop.asked)):
+                return None
             began = time.perf_counter()
             step(self.batch, self.where.step)
             self.job.meter.sums.tolist()  # waits for the device

@@ -103,7 +103,7 @@ def broken(tree, tmp_path):
     ("folder", "kept"), [("val", 6), ("val/bee", 6), ("train/ant", None)], ids=["val", "a class of val", "of train"]
 )
 def test_folders_that_vanish_cost_no_finished_step(
-    everything, whole, tmp_path, monkeypatch, capsys, moved, folder, kept
+    everything, whole, tmp_path, monkeypatch, capsys, broken, folder, kept
 ):
     """After step 5, far from the next checkpoint."""
     root, change = broken
@@ -175,10 +175,10 @@ def test_an_error_after_a_step_keeps_it(everything, whole, tmp_path, monkeypatch
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_what_is_said_of_the_last_weights_is_true(everything, tmp_path):
+def test_what_is_said_of_the_last_weights_is_true(everything, weights, tmp_path):
     """At this learning rate the first step is finite and its weights are not worth keeping; every later one is bad."""
     with pytest.raises(RunError) as caught:
-        run(everything, tmp_path / "run", lr=1e30, max_bad_steps=3)
+        run(everything, tmp_path / "run", student=f"test_vit@{weights('test_vit', 9)}", lr=1e30, max_bad_steps=3)
     saved = last(tmp_path / "run")["student"]
     parameters = {name: one.abs().max() for name, one in saved.items() if "running" not in name and one.dim() > 0}
     name = max(parameters, key=lambda one: float(parameters[one]))
