@@ -63,36 +63,15 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
     label_cache = None if writing else open_label_cache(recipe)
     live_teachers = recipe.teachers if writing else recipe.live_teachers
     _check_cuda_graphs(recipe, runtime, writing is not None)
-    torch.manual_seed(
-        recipe.seed
-    )  # random weights; the student comes first, so that they do not depend on the teachers
-    model = models.build(recipe.student, recipe.size)
-    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
-    models.check_classes(live_teachers, teachers, (recipe.student, model.num_classes))
-    digests = [models.digest(teacher) for teacher in teachers]
-    models.check_distinct(live_teachers, digests)
-    for one, spec in zip((model, *teachers), (recipe.student, *live_teachers), strict=True):
-        models.probe(one, spec, recipe.size)
+    torch.manual_seed(recipe.seed)  # of random weights
+    model, teachers, digests = _models(recipe, live_teachers)
     compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     student = Student(recipe, runtime, model, compile=compiled)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    data = number_classes(
-        found,
-        student.num_classes,
-        labels_needed=recipe.hard_label_weight > 0,
-        student=f"--student {recipe.student}",
-    )
-    calendar = Calendar.of(recipe, len(data.train))
-    if calendar.steps_per_epoch == 0:
-        raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
-    views = view_plan(
-        recipe,
-        data.train,
-        label_cache,
-        seed=writing.seed if writing else None,
-        cycle=writing.views if writing else None,
-    )
+    data, calendar = _images(recipe, found, student.num_classes)
+    seed, cycle = (writing.seed, writing.views) if writing else (None, None)
+    views = view_plan(recipe, data.train, label_cache, seed=seed, cycle=cycle)
     if label_cache is not None:
         check_fit(label_cache, recipe, views, data.train, student.num_classes)
     job = Job(
@@ -105,7 +84,7 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
         optimiser=Optimiser(recipe, runtime, student, calendar.lr_factor),
         meter=Meter(runtime.device),
         live_teachers=live_teachers,
-        teacher_digests=tuple(digests),
+        teacher_digests=digests,
         teachers=None,
         reports=(),
         label_cache=label_cache,
@@ -113,6 +92,31 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
         compiled=compiled,
     )
     return job, teachers
+
+
+def _models(
+    recipe: Recipe, live_teachers: tuple[str, ...]
+) -> tuple[models.NormalizedModel, list[models.NormalizedModel], tuple[str, ...]]:
+    """Student, teachers, and the teachers' digests; refused where they do not fit together."""
+    student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
+    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    models.check_classes(live_teachers, teachers, (recipe.student, student.num_classes))
+    digests = tuple(models.digest(teacher) for teacher in teachers)
+    models.check_distinct(live_teachers, digests)
+    for model, spec in zip((student, *teachers), (recipe.student, *live_teachers), strict=True):
+        models.probe(model, spec, recipe.size)
+    return student, teachers, digests
+
+
+def _images(recipe: Recipe, found: Splits, classes: int) -> tuple[Splits, Calendar]:
+    """The images as the student numbers their classes, and what they make of an epoch."""
+    data = number_classes(
+        found, classes, labels_needed=recipe.hard_label_weight > 0, student=f"--student {recipe.student}"
+    )
+    calendar = Calendar.of(recipe, len(data.train))
+    if calendar.steps_per_epoch == 0:
+        raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
+    return data, calendar
 
 
 def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapping[str, Any]) -> Job:

@@ -124,7 +124,12 @@ def test_two_processes_take_the_steps_of_one(ran):
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-2 * float((value - start[key]).abs().max()) + 1e-6)
 
 
-def test_torchrun_mealfast_train_stops_on_sigterm_and_one_process_goes_on(fields, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "handled"),
+    [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"])],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_torchrun_mealfast_train_stops_on_a_signal_and_one_process_goes_on(fields, tmp_path, number, handled):
     """The entry that README names. Afterwards one process continues with the same global batches."""
     options = fields | {"epochs": 40, "lr_decay_epochs": (30,), "eval_every": 0, "log_every": 2, "loader": "dali"}
     argv = ["--no-compile"]
@@ -132,18 +137,20 @@ def test_torchrun_mealfast_train_stops_on_sigterm_and_one_process_goes_on(fields
         if name != "compile":
             argv += ["--" + name.replace("_", "-"), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
-    with launched([str(TESTS.parent / "mealfast" / "train.py"), *argv], log) as process:
+    with launched([*handled, str(TESTS.parent / "mealfast" / "train.py"), *argv], log) as process:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and '"train"' in metrics.read_text()):
             assert time.monotonic() < deadline, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.wait(60)
     stopped = last(tmp_path / "run")
     assert 2 <= stopped["step"] < 120
     assert len(stopped["processes"]) == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"] is False
+    if handled:
+        return
 
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     goal = stopped["step"] + 4
