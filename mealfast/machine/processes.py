@@ -126,7 +126,7 @@ def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> di
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {
-        "store": dist.PrefixStore(f"mealfast-{attempt}-{next(_groups)}", store),
+        "store": dist.PrefixStore(f"mealfast-{attempt}-{next(_groups)}", store),  # type: ignore[attr-defined]
         "rank": rank,
         "world_size": world_size,
     }

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
 import torch
@@ -21,7 +18,7 @@ from torch import nn
 from mealfast.errors import UsageError
 from mealfast.machine.files import brief, reason
 from mealfast.machine.precision import has_amx, precision
-from mealfast.models import weights
+from mealfast.models import hub, weights
 from mealfast.models.spec import ModelSpec, parse
 
 # Arguments of timm.create_model that a spec has other words for, or that make something else than such a model.
@@ -218,51 +215,13 @@ def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | 
         kwargs["img_size"] = size
     pretrained = bool(spec.tag) and state is None
     if pretrained:
-        kwargs.update(_local_weights(spec, config))
+        kwargs.update(hub.local_weights(spec, config))
     try:
         return timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs)
     except Exception as error:  # an argument that a constructor does not expect can raise anything
         if isinstance(error, OSError):  # of the hub's client, urllib's among them
-            raise _no_weights(spec, reason(error)) from error
+            raise hub.no_weights(spec, reason(error)) from error
         raise UsageError(f"model spec {_quoted(spec.text)}: timm cannot build it: {reason(error)}") from error
-
-
-def _local_weights(spec: ModelSpec, config: Any) -> dict[str, Any]:
-    """Weights that the hub's client has already cached, or an error at once where there is no network.
-
-    Without this the client tries for a minute before it gives up, even where the file lies in its cache.
-    """
-    if not config.hf_hub_id or _hub_answers():
-        return {}
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(config.hf_hub_id, name)
-        if isinstance(path, str):
-            return {"pretrained_cfg_overlay": {"file": path}}
-    raise _no_weights(spec, "the network cannot be reached")
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's name resolves; behind a proxy that is the proxy's business."""
-    from huggingface_hub import constants
-
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return True
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _no_weights(spec: ModelSpec, reason: str) -> UsageError:
-    return UsageError(
-        f"the weights of {spec.timm_name} could not be downloaded ({reason}): run where there is a network, "
-        f"or give a checkpoint file as {spec.timm_name}@FILE"
-    )
 
 
 def _quoted(text: str) -> str:

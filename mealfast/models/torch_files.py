@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import os
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,46 +18,19 @@ from typing import Any, BinaryIO
 import torch
 
 from mealfast.machine.files import reason
-
-# What a state dict with optimiser and averages of the largest of timm's models needs a tenth of at most.
-LARGEST_PICKLE = 8 << 20  # bytes
-MOST_STEPS = 1_000_000  # opcodes
-MOST_CALLS = 100_000
-MOST_ELEMENTS = 1_000_000  # of containers, counted as often as they can be reached
-_MOST_DIMENSIONS = 64
-_ROOM = 1 << 24  # values of expanded tensors and elements of arguments, beside what the file holds
+from mealfast.models.pickle_check import (
+    CLAIMS,
+    CODE,
+    DAMAGED,
+    FOREIGN,
+    LARGE,
+    LARGEST_PICKLE,
+    MOST_ELEMENTS,
+    PickleCheck,
+    UnreadableError,
+)
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_CODE = "it holds more than tensors and plain values, and loading it could run code; save its state dict alone"
-_DAMAGED = "it is cut off or damaged"
-_FOREIGN = "it is no file of torch.save"
-_CLAIMS = "it claims more than it holds"
-_LARGE = "it holds more small objects than a file of weights does; save its state dict alone"
-
-_REBUILD = {f"torch._utils {name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")}
-_OTHER_TENSORS = {
-    "torch._utils _rebuild_qtensor": "quantised",
-    "torch._utils _rebuild_sparse_tensor": "sparse",
-    "torch._utils _rebuild_sparse_csr_tensor": "sparse",
-    "torch._utils _rebuild_nested_tensor": "nested",
-    "torch._utils _rebuild_meta_tensor_no_storage": "meta",
-}
-_HARMLESS = {
-    "_codecs encode", "argparse Namespace", "builtins complex", "builtins set", "collections Counter",
-    "collections OrderedDict", "torch Size", "torch device", "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_parameter_with_state", "torch.nn.parameter Parameter", "torch.serialization _get_layout",
-    "__builtin__ set", "__builtin__ complex",
-}  # fmt: skip
-_BYTES = {
-    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1,
-    "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1,
-    "QUInt2x4": 1,
-}  # fmt: skip
-_OF_DTYPE = {"float64": 8, "float32": 4, "int64": 8, "int32": 4, "uint64": 8, "uint32": 4, "complex64": 8}
-
-
-class UnreadableError(ValueError):
-    """Why a file is not read, for the user."""
 
 
 def torch_load(path: str | os.PathLike[str]) -> Any:
@@ -81,11 +52,11 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, UnreadableError):
         return said
     if "GLOBAL" in said:
-        return _CODE
+        return CODE
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in said:
-        return _FOREIGN
+        return FOREIGN
     if "PytorchStreamReader" in said or isinstance(error, zipfile.BadZipFile):  # a paragraph on the zip library within
-        return _DAMAGED
+        return DAMAGED
     return reason(error)
 
 
@@ -107,7 +78,7 @@ def _check(path: Path) -> None:
         except (UnreadableError, OSError, MemoryError):
             raise
         except Exception as error:  # bytes that only look like one of these formats can raise anything
-            raise UnreadableError(_DAMAGED if is_zip else _FOREIGN) from error
+            raise UnreadableError(DAMAGED if is_zip else FOREIGN) from error
 
 
 def _check_zip(file: BinaryIO) -> None:
@@ -115,187 +86,36 @@ def _check_zip(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         parts = {part.filename: part for part in archive.infolist()}
         if len(parts) < len(archive.infolist()):
-            raise UnreadableError(_DAMAGED)
+            raise UnreadableError(DAMAGED)
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
             raise UnreadableError("its parts are compressed, which torch.save's never are")
         if sum(part.file_size for part in parts.values()) > size:
-            raise UnreadableError(_CLAIMS)
+            raise UnreadableError(CLAIMS)
         pickles = [name for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UnreadableError(_FOREIGN)
+            raise UnreadableError(FOREIGN)
         if parts[pickles[0]].file_size > LARGEST_PICKLE:
-            raise UnreadableError(_LARGE)
+            raise UnreadableError(LARGE)
         data = pickles[0].removesuffix(".pkl") + "/"
         storages = {name.removeprefix(data): part.file_size for name, part in parts.items() if name.startswith(data)}
-        _Pickle(storages).follow(io.BytesIO(archive.read(pickles[0])))
+        PickleCheck(storages).follow(io.BytesIO(archive.read(pickles[0])))
 
 
 def _check_pickles(file: BinaryIO) -> None:
     """The format before torch 1.6: a magic number, a version, the machine, the content, keys; then the storages."""
     start = io.BytesIO(file.read(LARGEST_PICKLE + 1))
-    followed = _Pickle(None)
+    followed = PickleCheck(None)
     try:
         for number in range(5):
             value = followed.follow(start)
             if number == 0 and value != _LEGACY_MAGIC:
-                raise UnreadableError(_FOREIGN)
+                raise UnreadableError(FOREIGN)
     except Exception as error:
         if start.tell() > LARGEST_PICKLE:
-            raise UnreadableError(_LARGE) from error
+            raise UnreadableError(LARGE) from error
         raise
     if sum(followed.claimed.values()) > os.fstat(file.fileno()).st_size:
-        raise UnreadableError(_CLAIMS)
-
-
-class _Global(str):
-    """ "module name" of something that a pickle imports."""
-
-
-class _Storage(int):
-    """How many bytes a storage claims, with what one of its elements takes."""
-
-    item: int
-
-
-class _Pickle:
-    """Follows pickles without building anything: what they call, how often, and how much their tensors claim."""
-
-    def __init__(self, storages: dict[str, int] | None) -> None:
-        """`storages`: bytes of each that the file holds; None where that is not known yet."""
-        self.claimed: dict[str, int] = {}
-        self._storages = storages
-        self._steps = self._calls = self._extra = 0
-
-    def follow(self, stream: BinaryIO) -> Any:
-        """To the end of one pickle. Returns its value, as far as that is a number, a string, or a list or tuple.
-        Raises UnreadableError, and anything at all where these are no pickles."""
-        stack: list[Any] = []
-        memo: dict[int, Any] = {}
-        mark = object()
-
-        def to_mark() -> list[Any]:
-            items: list[Any] = []
-            while (item := stack.pop()) is not mark:
-                items.append(item)
-            return items[::-1]
-
-        argument: Any
-        for opcode, argument, _ in pickletools.genops(stream):
-            self._steps += 1
-            if self._steps > MOST_STEPS:
-                raise UnreadableError(_LARGE)
-            match opcode.name:
-                case "STOP":
-                    return stack.pop()
-                case "MARK":
-                    stack.append(mark)
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[argument] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[argument])
-                case "GLOBAL":
-                    stack.append(_Global(argument))
-                case "STACK_GLOBAL" | "FRAME":
-                    raise UnreadableError("it has another pickle protocol than torch.save's; save it anew without one")
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "APPEND":
-                    item = stack.pop()
-                    stack[-1].append(item)
-                case "APPENDS":
-                    items = to_mark()
-                    stack[-1].extend(items)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "TUPLE":
-                    stack.append(tuple(to_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "SETITEM":
-                    stack.pop()
-                    _check_keys([stack.pop()])
-                case "SETITEMS":
-                    _check_keys(to_mark()[::2])
-                case "ADDITEMS":
-                    _check_keys(to_mark())
-                case "BINPERSID":
-                    stack.append(self._storage(stack.pop()))
-                case "REDUCE" | "NEWOBJ":
-                    arguments, function = stack.pop(), stack.pop()
-                    stack.append(self._call(function, arguments))
-                case _:
-                    for what in reversed(opcode.stack_before):
-                        if what is pickletools.stackslice:
-                            to_mark()
-                        elif what is not pickletools.markobject:
-                            stack.pop()
-                    literal = None if opcode.stack_before else argument
-                    stack += [literal] * len(opcode.stack_after)
-        raise UnreadableError(_DAMAGED)
-
-    def _call(self, function: Any, arguments: Any) -> Any:
-        self._calls += 1
-        if self._calls > MOST_CALLS:
-            raise UnreadableError(_LARGE)
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise UnreadableError(_CODE)
-        if function == "torch._tensor _rebuild_from_type_v2":
-            return self._call(arguments[0], arguments[2])
-        if function in _REBUILD:
-            return self._tensor(*arguments[:4], *arguments[6:7] if function.endswith("_v3") else ())
-        if function in _OTHER_TENSORS:
-            raise UnreadableError(f"it holds {_OTHER_TENSORS[function]} tensors; save plain ones")
-        if function not in _HARMLESS and not (
-            function in ("builtins bytearray", "__builtin__ bytearray")
-            and all(isinstance(one, str) for one in arguments)  # a number would be a length
-        ):
-            raise UnreadableError(_CODE)
-        for one in arguments:
-            if isinstance(one, (str, list, tuple)):
-                self._take(len(one))
-            if isinstance(one, (list, tuple)):  # of a set's elements, or of a dictionary's pairs
-                _check_keys([item[0] if isinstance(item, (list, tuple)) and item else item for item in one])
-                _check_keys([item for item in one if isinstance(item, tuple)])
-        return arguments[0] if arguments and function in ("torch Size", "_codecs encode") else None
-
-    def _storage(self, key: Any) -> _Storage:
-        kind, storage_type, name, place, count = key[:5]
-        texts = (kind, name, place, *(key[5][:1] if key[5:] and key[5] else ()))
-        if kind != "storage" or not all(isinstance(one, str) for one in (*texts, storage_type)):
-            raise UnreadableError(_FOREIGN)
-        if not isinstance(count, int) or count < 0:
-            raise UnreadableError(_DAMAGED)
-        of = storage_type.rpartition(" ")[2].removesuffix("Storage")
-        item = 1 if of == "Untyped" else _BYTES[of]
-        storage = _Storage(count * item)
-        storage.item = item
-        if self._storages is not None and storage > self._storages.get(name, -1):
-            raise UnreadableError(_CLAIMS if name in self._storages else _DAMAGED)
-        self.claimed[name] = max(int(storage), self.claimed.get(name, 0))
-        return storage
-
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: str = "") -> None:
-        if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
-            raise UnreadableError(_DAMAGED)
-        if min((offset, *size, *stride)) < 0:
-            raise UnreadableError(_DAMAGED)
-        item = _OF_DTYPE.get(dtype.rpartition(" ")[2], 1) if dtype else storage.item
-        values, held = math.prod(size), storage // item
-        if values and offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= held:
-            raise UnreadableError(_CLAIMS)
-        self._take(max(values - held, 0))  # one value, expanded, may be read as many
-
-    def _take(self, elements: int) -> None:
-        self._extra += elements
-        if self._extra > _ROOM:
-            raise UnreadableError(_CLAIMS)
-
-
-def _check_keys(keys: list[Any]) -> None:
-    """Refuses tuples of tuples as keys: the hash of one goes through each as often as it can be reached."""
-    if any(isinstance(key, tuple) and any(isinstance(item, (tuple, list)) for item in key) for key in keys):
-        raise UnreadableError(_LARGE)
+        raise UnreadableError(CLAIMS)
 
 
 def _check_elements(content: Any) -> None:
@@ -308,5 +128,5 @@ def _check_elements(content: Any) -> None:
         inner = one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple, set)) else ()
         left -= len(inner)
         if left < 0:
-            raise UnreadableError(_LARGE)
+            raise UnreadableError(LARGE)
         todo.extend(inner)
