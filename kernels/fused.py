@@ -16,6 +16,8 @@ Shape legend: B batch, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .reference import reduced
@@ -30,7 +32,7 @@ class FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, op, options, with_kl, with_gradient, student, *target):
+    def forward(ctx: Any, op: Any, options: Any, with_kl: bool, with_gradient: bool, student: Any, *target: Any) -> Any:
         samples = student.new_empty((1 + with_kl, student.shape[0]), dtype=torch.float32)
         gradient = student.new_empty(student.shape) if with_gradient else None
         op(student, target, *options, samples, gradient, None)
@@ -44,7 +46,7 @@ class FusedLoss(torch.autograd.Function):
         return loss, kl
 
     @staticmethod
-    def backward(ctx, upstream, _kl):
+    def backward(ctx: Any, upstream: Any, _kl: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else a gradient penalty would be ignored
             raise RuntimeError("a fused loss has no second derivative: create_graph=True cannot work")
         student, *target = ctx.saved_tensors

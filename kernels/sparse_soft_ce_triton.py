@@ -155,6 +155,6 @@ def sparse_soft_ce(
     """The op of `fused.FusedLoss`, for [B, C] with consecutive classes; target is ids and probabilities, contiguous."""
     ids, probabilities = target
     k = ids.shape[1]
-    target = {"ids": ids, "probabilities": probabilities, "K": k, "K_BLOCK": triton.next_power_of_2(k)}
-    target["RENORMALISE"] = remainder == "renormalise"
-    launch(sparse_soft_ce_kernel, student, temperature, reduction, samples, gradient, upstream, **target)
+    arguments = {"ids": ids, "probabilities": probabilities, "K": k, "K_BLOCK": triton.next_power_of_2(k)}
+    arguments["RENORMALISE"] = remainder == "renormalise"
+    launch(sparse_soft_ce_kernel, student, temperature, reduction, samples, gradient, upstream, **arguments)

@@ -183,7 +183,7 @@ def test_bad_data(capfd, good, tree, tmp_path, change, named):
 
 def test_a_run_directory_with_another_configuration(capfd, good):
     directory = RunDirectory(good["--run-dir"])
-    directory.claim({"recipe": make_recipe(teachers=("a",), student="b").to_json()})
+    directory.claim({"recipe": make_recipe(teachers=("a",), student="b", epochs=1).to_json()})
     argv = [one for pair in good.items() for one in pair]
     line = refused(capfd, "train", *argv)
     assert f"--run-dir {directory.path}: holds a run with --teachers a, not {good['--teachers']}" in line
