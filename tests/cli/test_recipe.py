@@ -117,7 +117,7 @@ TYPED = {
     "crop_ratio": ("0.5 2", (0.5, 2.0)), "flip": ("0.25", 0.25), "interpolation": ("bicubic", "bicubic"),
     "eval_crop_pct": ("0.95", 0.95), "eval_interpolation": ("bicubic", "bicubic"), "loader": ("pillow", "pillow"),
     "loader_threads": ("3", 3), "discriminator": ("adversarial", "adversarial"), "discriminator_lr": ("1e-4", 1e-4),
-    "collective_timeout": ("90", "loader_timeout": 60, 90), "max_bad_steps": ("5", 5),
+    "collective_timeout": ("90", 90), "max_bad_steps": ("5", 5), "loader_timeout": ("60", 60),
     "cutmix": (None, True), "label_cache": ("a/cache", "a/cache"), "hard_label_weight": ("0.5", 0.5),
     "label_cache_views": ("7", 7), "label_cache_top_k": ("4", 4),
     "epochs": ("7", 7), "batch_size": ("64", 64),
