@@ -65,7 +65,7 @@ def _one_row(
 ):
     """A row in registers: every logit is loaded once."""
     loss, kl, gradient = outputs
-    s = load_row(student, 0, C, BLOCK)  # first, to arrive while the teachers are reduced
+    s = load_row(student, 0, C, BLOCK)
     p = target_row(teachers, weights, log2e_over_t, C, BLOCK)
     d = (s - tl.max(s, 0)) * log2e_over_t
     e = tl.exp2(d)
