@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
 # What a state dict with optimiser and averages of the largest of timm's models needs a tenth of at most.
@@ -60,10 +61,11 @@ class _Storage(int):
 class PickleCheck:
     """Follows pickles without building anything: what they call, how often, and how much their tensors claim."""
 
-    def __init__(self, storages: dict[str, int] | None) -> None:
-        """`storages`: bytes of each that the file holds; None where that is not known yet."""
+    def __init__(self, storages: dict[str, int] | None, allowed: Collection[str] = ()) -> None:
+        """`storages`: bytes of each that the file holds; None where that is not known yet. `allowed`: what may be
+        called besides, each as "module name"; its sizes are taken for numbers of elements."""
         self.claimed: dict[str, int] = {}
-        self._storages = storages
+        self._storages, self._allowed = storages, allowed
         self._steps = self._calls = self._extra = 0
 
     def follow(self, stream: BinaryIO) -> Any:
@@ -149,6 +151,10 @@ class PickleCheck:
         if function in _BYTEARRAYS:
             if not all(isinstance(one, str) for one in arguments):  # a number is a length
                 raise UnreadableError(CLAIMS)
+        elif function in self._allowed:
+            for one in arguments:
+                sizes = one if isinstance(one, (tuple, list)) else (one,)
+                self._take(math.prod(abs(size) for size in sizes if isinstance(size, int)))
         elif function not in _HARMLESS:
             raise UnreadableError(CODE)
         for one in arguments:

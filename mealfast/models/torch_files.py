@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,10 +37,11 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 def torch_load(path: str | os.PathLike[str]) -> Any:
     """The content of a file of `torch.save`, old (pickles) or new (zip): tensors on the CPU and plain values.
 
-    timm's training files hold an argparse.Namespace too. Raises UnreadableError, OSError and whatever torch raises: see
+    timm's training files hold an argparse.Namespace too, and what `torch.serialization.safe_globals` allows is allowed.
+    Raises UnreadableError, OSError and whatever torch raises: see
     `why_unreadable`.
     """
-    _check(Path(path))
+    _check(Path(path), _safe_globals())
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True)
     _check_elements(content)
@@ -69,19 +71,26 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _check(path: Path) -> None:
+def _safe_globals() -> frozenset[str]:
+    """What the caller has let torch's reader call besides, each as "module name"."""
+    named = [one if isinstance(one, tuple) else (one, "") for one in torch.serialization.get_safe_globals()]
+    names = [name or f"{function.__module__}.{function.__qualname__}" for function, name in named]
+    return frozenset(" ".join(name.rsplit(".", 1)) for name in names)
+
+
+def _check(path: Path, allowed: Collection[str] = ()) -> None:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         try:
-            _check_zip(file) if is_zip else _check_pickles(file)
+            _check_zip(file, allowed) if is_zip else _check_pickles(file, allowed)
         except (UnreadableError, OSError, MemoryError):
             raise
         except Exception as error:  # bytes that only look like one of these formats can raise anything
             raise UnreadableError(DAMAGED if is_zip else FOREIGN) from error
 
 
-def _check_zip(file: BinaryIO) -> None:
+def _check_zip(file: BinaryIO, allowed: Collection[str]) -> None:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         parts = {part.filename: part for part in archive.infolist()}
@@ -98,13 +107,13 @@ def _check_zip(file: BinaryIO) -> None:
             raise UnreadableError(LARGE)
         data = pickles[0].removesuffix(".pkl") + "/"
         storages = {name.removeprefix(data): part.file_size for name, part in parts.items() if name.startswith(data)}
-        PickleCheck(storages).follow(io.BytesIO(archive.read(pickles[0])))
+        PickleCheck(storages, allowed).follow(io.BytesIO(archive.read(pickles[0])))
 
 
-def _check_pickles(file: BinaryIO) -> None:
+def _check_pickles(file: BinaryIO, allowed: Collection[str]) -> None:
     """The format before torch 1.6: a magic number, a version, the machine, the content, keys; then the storages."""
     start = io.BytesIO(file.read(LARGEST_PICKLE + 1))
-    followed = PickleCheck(None)
+    followed = PickleCheck(None, allowed)
     try:
         for number in range(5):
             value = followed.follow(start)

@@ -9,6 +9,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,6 +182,18 @@ def test_what_torch_reads_is_read(tmp_path, what, format):
                                value.float() if "float8" in str(value.dtype) else value)  # fmt: skip
         else:
             assert found[key] == value
+
+
+def test_arrays_are_read_where_the_caller_allows_them_and_claim_no_more_than_is_there(tmp_path):
+    arrays = [np.ndarray, np.dtype, type(np.dtype("f4")), np.arange(2).__reduce__()[0]]
+    path = tmp_path / "w.pth"
+    torch.save([np.arange(6, dtype="f4").reshape(2, 3)], path)
+    refused(path)
+    with torch.serialization.safe_globals(arrays):
+        assert torch_load(path)[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+        for size in ((1 << 36,), (1 << 18, 1 << 18)):
+            torch.save([Call(arrays[-1], np.ndarray, size, b"b"), Call(np.ndarray, size)], path)
+            refused(path)
 
 
 def test_a_flipped_bit_is_seen_where_torch_sees_none(tmp_path):
