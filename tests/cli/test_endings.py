@@ -32,7 +32,7 @@ def program(body: str, setup: str = "") -> list[str]:
 def shell(argv: list[str], redirection: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}', "bash", *argv],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -108,38 +108,45 @@ try:
 finally:
     {finally_}
 """
+SOON = 40.0  # seconds, of the 60 that the processes here would take: a machine may be busy
 
 
-def interrupted(argv: list[str], number: int, times: int = 1) -> tuple[int, str, float]:
-    """(status, stderr, seconds) of a process that says "ready" and is sent a signal."""
+def patient(seconds: float) -> str:
+    """The set-up of a process that leaves what closes its files so many seconds."""
+    return f"from mealfast.cli import signals; signals.PATIENCE = {seconds}"
+
+
+def interrupted(argv: list[str], *numbers: int) -> tuple[int, str, float]:
+    """(status, stderr, seconds) of a process that says "ready" and is sent signals."""
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         began = time.monotonic()
-        for _ in range(times):
+        for number in numbers:
             process.send_signal(number)
             time.sleep(0.3)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=90)
     return process.returncode, err, time.monotonic() - began
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_signals_end_a_command_in_order(tmp_path, number):
-    argv = program(SLEEPING.format(finally_=f"open({str(tmp_path / 'closed')!r}, 'w').close()"))
-    status, err, seconds = interrupted(argv, number)
+    body = SLEEPING.format(finally_=f"open({str(tmp_path / 'closed')!r}, 'w').close()")
+    status, err, seconds = interrupted(program(body, patient(60)), number)
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert (status, err) == (128 + number, f"mealfast: interrupted{by}\n")
-    assert seconds < 3
+    assert seconds < SOON
     assert (tmp_path / "closed").exists()
 
 
 def test_what_takes_too_long_to_close_is_left():
-    argv = program(SLEEPING.format(finally_="time.sleep(60)"))
-    status, err, seconds = interrupted(argv, signal.SIGTERM)
+    assert PATIENCE < 5
+    body = SLEEPING.format(finally_="time.sleep(60)")
+    status, err, seconds = interrupted(program(body, patient(1)), signal.SIGTERM)
     assert (status, err) == (128 + signal.SIGTERM, "mealfast: interrupted by SIGTERM\n")
-    assert PATIENCE - 0.5 < seconds < PATIENCE + 1.5, "within some five seconds"
-    status, _, seconds = interrupted(argv, signal.SIGINT, times=2)
-    assert status == 130
-    assert seconds < 2, "a second one ends it at once"
+    assert 1 <= seconds < SOON
+    status, _, seconds = interrupted(program(body, patient(60)), signal.SIGTERM, signal.SIGINT)
+    assert status in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert seconds < SOON, "a second one ends it at once"
 
 
 def test_nohup_is_respected():
@@ -153,8 +160,8 @@ def test_nohup_is_respected():
 def test_a_thread_that_does_not_end_keeps_no_process(end):
     body = f'threading.Thread(target=time.sleep, args=(60,)).start()\nprint("said")\n{end}'
     began = time.monotonic()
-    done = subprocess.run(program(body), capture_output=True, text=True, timeout=30)
-    assert time.monotonic() - began < 10
+    done = subprocess.run(program(body), capture_output=True, text=True, timeout=90)
+    assert time.monotonic() - began < SOON
     assert done.returncode == (0 if end == "return 0" else 1)
     assert done.stdout == "said\n"
     assert done.stderr.endswith("" if end == "return 0" else "ValueError: a bug\n")
