@@ -5,11 +5,9 @@ On a GPU the forward launch also writes the student's gradient, for an upstream 
 nothing left to do, and elsewhere the kernel runs again with it, so that the gradient is rounded once and a loss scale
 saves what float16 would flush to zero.
 
-The mean or the sum over the samples, of loss and KL together, is a second, small launch. In one launch the last program
-to finish would have to do it, and know that it is the last: from a counter that is 0 at every start. A counter that
-lives on between calls adds up wrong, silently, when two streams or two graphs use it at once or a kernel is aborted; a
-new one takes a launch to clear. Float atomics instead would give other bits each time. And one program adding up 65,536
-losses would take longer than the launch it saves.
+The mean or the sum over the samples, of loss and KL together, is a second, small launch. Within one launch the last
+program would have to know from a counter that it is the last: one that lives on between calls adds up wrong, silently,
+when two streams use it or a kernel is aborted. Float atomics give other bits each time.
 
 Shape legend: B batch, C classes.
 """

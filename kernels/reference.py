@@ -11,6 +11,7 @@ Nothing here checks its arguments; the public functions do, see `checks.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,12 +34,11 @@ def _exponentials(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 def ensemble_target(teachers: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
     """MEAL V2, Eq. 1: sum_k weights[k] softmax(teachers[k] / temperature), K tensors [B, C] -> [B, C]."""
     dtype = result_dtype(*teachers)
-    target: Tensor | None = None
+    target = None
     for teacher, weight in zip(teachers, weights, strict=True):
         _, e, z = _exponentials(teacher.to(dtype), temperature)
         target = e * (weight / z) if target is None else torch.addcmul(target, e, weight / z)
-    assert target is not None  # K is at least 1
-    return target
+    return cast(Tensor, target)  # K is at least 1
 
 
 def soft_cross_entropy(student: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
