@@ -1,9 +1,8 @@
 """What the fused losses share: an autograd function over a custom op that fills the loss and its gradient.
 
-On a GPU the forward launch also writes the student's gradient, for an upstream gradient of 1 (which is what
-`loss.backward()` sends). Backward looks at the upstream gradient on the device, without a sync: where it is 1 there is
-nothing left to do, and elsewhere the kernel runs again with it, so that the gradient is rounded once and a loss scale
-saves what float16 would flush to zero.
+On a GPU the forward launch also writes the student's gradient, for an upstream gradient of 1, which `loss.backward()`
+sends. Backward looks at the upstream gradient on the device, without a sync. Where it is not 1 the kernel runs again
+with it, so that the gradient is rounded once and a loss scale saves what float16 would flush to zero.
 
 The mean or the sum over the samples, of loss and KL together, is a second, small launch. Within one launch the last
 program would have to know from a counter that it is the last: one that lives on between calls adds up wrong, silently,
