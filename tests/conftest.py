@@ -35,8 +35,8 @@ SLOW = frozenset(
     {
         "test_distributed", "test_kernels", "test_kernels_benchmark", "test_kernels_compiled",
         "test_kernels_interpreted", "test_kernels_sparse", "test_label_benchmark", "test_label_fkd",
-        "test_label_write_through", "test_labels_command", "test_loaders_benchmark", "test_reliability_campaigns", "test_reliability_disk",
-        "test_teachers", "test_throughput_benchmark",
+        "test_label_write_through", "test_labels_command", "test_loaders_benchmark", "test_reliability_campaigns",
+        "test_reliability_disk", "test_teachers", "test_throughput_benchmark",
     }
 )  # fmt: skip
 
