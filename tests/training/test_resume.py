@@ -148,8 +148,8 @@ def test_other_options_in_a_used_run_directory_are_refused(options, tmp_path, ch
     recipe = make_recipe(**options)
     directory = RunDirectory(recipe.run_dir)
     directory.claim({"recipe": recipe.to_json()})
-    changes = {"max_steps": 4, "keep": 3, "checkpoint_every": 5, "epochs": 4, "log_every": 3, "eval_every": 2}
-    directory.check(make_recipe(**{**options, **changes}))
+    allowed = {"max_steps": 4, "keep": 3, "checkpoint_every": 5, "epochs": 4, "log_every": 3, "eval_every": 2}
+    directory.check(make_recipe(**{**options, **allowed}))
     before = directory.config.read_bytes()
     with pytest.raises(UsageError) as caught:
         train(make_recipe(**{**options, **changes}))
