@@ -124,7 +124,8 @@ class PrefetchLoader(ABC, Generic[Flight]):
             finished = True
         finally:
             if not finished and self._pending is pending:
-                self._caller.submit(self._forget, pending)
+                with suppress(RuntimeError):  # closed, which has forgotten them
+                    self._caller.submit(self._forget, pending)
 
     def _wait(self, pending: deque[Flight], todo: Iterator[int]) -> Batch | None:
         """`_advance` in the loader's own thread."""
