@@ -123,8 +123,9 @@ class PrefetchLoader(ABC, Generic[Flight]):
                     raise RuntimeError("the loader was started again: it serves one iteration at a time")
             finished = True
         finally:
-            if not finished and self._pending is pending and self._closing is None:
-                self._caller.submit(self._forget, pending)
+            if not finished and self._pending is pending:
+                with suppress(RuntimeError):  # closed, which has forgotten them
+                    self._caller.submit(self._forget, pending)
 
     def _wait(self, pending: deque[Flight], todo: Iterator[int]) -> Batch | None:
         """`_advance` in the loader's own thread."""

@@ -150,7 +150,7 @@ def test_batches_stay_as_they_were_while_others_are_made(index, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_consumer_may_leave_early_and_come_back(index, backend):
+def test_a_consumer_may_leave_early_and_come_back(index, backend, monkeypatch):
     loader = train(backend, index)
     first = next(iter(loader)).images.clone()
     left = iter(loader)
@@ -162,8 +162,14 @@ def test_a_consumer_may_leave_early_and_come_back(index, backend):
     with pytest.raises(RuntimeError, match="one iteration at a time"):
         next(left)
     assert len(list(loader)) == 12
+    unheard = []
+    monkeypatch.setattr(sys, "unraisablehook", unheard.append)
+    left = iter(loader)  # and one that outlives its loader
+    next(left)
     loader.close()
     loader.close()
+    del left
+    assert not unheard
     for thread in threading.enumerate():
         if thread.name.startswith("mealfast"):
             thread.join(10)
