@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
 FILES = ("test_kernels.py", "test_kernels_sparse.py")
 
 
@@ -23,10 +24,10 @@ def runs(tmp_path_factory):
     # Run from elsewhere: with the checkout on sys.path, the folder kernels/ would answer to `import kernels`.
     command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
     options = ["-q", "-s", "-m", "not gpu", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    configuration = ["-c", TESTS.parent / "pyproject.toml", "--rootdir", TESTS.parent]
+    configuration = ["-c", CHECKOUT / "pyproject.toml", "--rootdir", CHECKOUT]
     started = {
         name: subprocess.Popen(
-            [*command, *options, *configuration, TESTS / name],
+            [*command, *options, *configuration, HERE / name],
             cwd=tmp_path_factory.mktemp("elsewhere"),
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
