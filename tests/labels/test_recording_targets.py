@@ -50,7 +50,7 @@ def opened(index, tmp_path):
         )  # fmt: skip
         teachers = Teachers()
         ready = LabelTeachers(teachers, described("ab", ("01", "02")), C, compiled=False)
-        runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+        runtime = Runtime(0, 1, torch.device("cpu"))
         plan = view_plan(recipe, index, seed=PLAN.seed, cycle=PLAN.views)
         made.append(RecordingTargets(recipe, runtime, ready, index, plan, PLAN))
         return made[-1], teachers

@@ -165,5 +165,5 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(options):
     """Before any process waits for another, so this one needs no partner."""
     recipe = make_recipe(**{**options, "batch_size": 7})
     with pytest.raises(UsageError) as caught:
-        make_job(recipe, Runtime(0, 2, 0, 2, torch.device("cpu")), RunDirectory(recipe.run_dir))
+        make_job(recipe, Runtime(0, 2, torch.device("cpu")), RunDirectory(recipe.run_dir))
     assert str(caught.value) == "--batch-size 7: must be a multiple of processes x --accumulate = 2 x 1"
