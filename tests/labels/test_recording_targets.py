@@ -69,7 +69,7 @@ def batch():
 def step(source, batch, number, accumulate=1, mix=lambda images: images):
     """As training calls it; the parts' targets."""
     inputs = Inputs(mix(batch.images), batch.labels, cached=source.before(batch))
-    made = [source(inputs.part(part, accumulate)) for part in range(accumulate)]
+    made = [source(part) for part, _ in inputs.parts(accumulate)]
     source.after(batch, number)
     source.flush()
     return made

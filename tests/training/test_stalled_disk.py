@@ -47,7 +47,7 @@ def test_a_stalled_disk_costs_no_finished_step(fields, loader, stalls_after, sta
     with monkeypatch.context():
         options |= {"data": stalls_after(1), "run_dir": str(run)}
         with pytest.raises(LoaderTimeoutError, match="--loader-timeout"):
-            train(make_recipe(**options, loader_timeout=1))
+            train(make_recipe(**options, loader_timeout=4))  # DALI takes a second to start
         reached = last(run)["step"]
         assert 1 <= reached < 9
 
