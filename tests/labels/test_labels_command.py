@@ -237,4 +237,5 @@ def test_no_teachers(tree, tmp_path):
 def test_usage(capsys):
     assert dispatch(["labels"]) == 2
     assert dispatch(["labels", "--help"]) == 0
-    assert "labels build|import-fkd|info|verify" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"\n  {command} " in shown for command in ("build", "import-fkd", "info", "verify")), shown
