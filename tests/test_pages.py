@@ -75,8 +75,8 @@ def test_readmes_commands_for_ones_own_images_run(tree, weights, tmp_path, monke
         (tmp_path / file).symlink_to(weights(name, number))
     (tmp_path / "DIR").symlink_to(tree)
     (tmp_path / "runs").mkdir()
-    for name in "ab":
-        (tmp_path / "runs" / name).symlink_to(tmp_path / "RUN")
+    for name, run in {"a": "RUN", "b": "other"}.items():
+        (tmp_path / "runs" / name).symlink_to(tmp_path / run)
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save("photo.jpg")
     small = ["--size", "32", "--device", "cpu"]
     quick = ["--batch-size", "8", "--epochs", "1", "--loader", "pillow", "--amp", "off", "--no-compile"]
