@@ -74,7 +74,7 @@ def ran(recipes, tmp_path_factory) -> dict[str, dict]:
     path.write_text(json.dumps(order))
     log = path.with_name("log")
     with launched([str(TESTS / "two_processes.py"), str(path)], log) as process:
-        assert process.wait(120) == 0, log.read_text()[-4000:]
+        assert process.wait(240) == 0, log.read_text()[-4000:]
     train(make_recipe(**recipes["one"]))
     return recipes
 
