@@ -10,7 +10,6 @@ from typing import Any
 from mealfast.machine import memory
 from mealfast.measure import stages
 from mealfast.measure.stages import Stage
-from mealfast.recipe import Recipe
 from mealfast.record.console import size_text
 from mealfast.training.job import Job
 from mealfast.training.resume import capture, restore
@@ -57,7 +56,7 @@ def forecast(job: Job, seconds: float, say: Callable[[str], None] = lambda line:
     local = recipe.batch_size // runtime.world_size
     fits = None if capacity is None else memory.largest_batch(peak.bytes(), fixed, local, capacity)
     steps, images = calendar.total_steps - first, len(job.data.train) * recipe.epochs
-    evaluating = _evaluation_seconds(recipe, len(job.data.val), found)
+    evaluating = _evaluation_seconds(calendar.evaluations, len(job.data.val), found)
     cached, ensemble = found.get(stages.CACHED_STEP), found.get(stages.ENSEMBLE)
     labelling = None if ensemble is None else min(ensemble.images_per_second, found[stages.DECODE].images_per_second)
     return Forecast(
@@ -117,8 +116,7 @@ def lines(job: Job, made: Forecast, gpus: int | None = None, first: int = 0) -> 
     return found
 
 
-def _evaluation_seconds(recipe: Recipe, images: int, found: dict[str, Stage]) -> float:
-    times = 1 + recipe.eval_start + ((recipe.epochs - 1) // recipe.eval_every if recipe.eval_every else 0)
+def _evaluation_seconds(times: int, images: int, found: dict[str, Stage]) -> float:
     # The teachers run in the first evaluation only.
     teachers = 1 / found[stages.ENSEMBLE].images_per_second if stages.ENSEMBLE in found else 0.0
     each = max(1 / found[name].images_per_second for name in (stages.FORWARD, stages.DECODE))

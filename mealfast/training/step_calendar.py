@@ -52,6 +52,12 @@ class Calendar:
         """The moment at which the run ends: `--max-steps`, or the recipe's end."""
         return min(self.total_steps, self.max_steps or self.total_steps)
 
+    @property
+    def evaluations(self) -> int:
+        """How many belong to the whole recipe, the one before the first step included."""
+        ends = range(self.steps_per_epoch, self.total_steps + 1, self.steps_per_epoch)
+        return int(self.eval_start) + sum(map(self.evaluates, ends))
+
     # -- of a step ---------------------------------------------------------------------------------------------------
 
     def epoch(self, step: int) -> int:

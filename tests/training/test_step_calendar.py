@@ -28,6 +28,7 @@ def test_every_date_of_a_run():
     assert moments(one, one.writes_line) == [2, 4, 6, 8, 10, 12, 14, 15]
     assert moments(one, one.evaluates) == moments(one, one.must_evaluate) == [6, 12, 15]
     assert moments(one, one.saves) == [4, 8, 12]
+    assert one.evaluations == 4, "at the start and those"
 
 
 def test_max_steps_ends_it_out_of_turn():
@@ -42,6 +43,8 @@ def test_max_steps_ends_it_out_of_turn():
 def test_evaluations_can_be_left_to_the_end():
     one = calendar(eval_every=0)
     assert moments(one, one.evaluates) == [15]
+    assert one.evaluations == 2
+    assert calendar(eval_every=1, eval_start=False).evaluations == 5
 
 
 def test_the_papers_learning_rate():
