@@ -19,15 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_triton import (
-    LN2,
-    launch,
-    load_row,
-    max_and_sum,
-    rows_at,
-    store_row,
-    x_log2_x,
-)
+from .row_triton import LN2, launch, load_row, log2, max_and_sum, rows_at, store_row, x_log2_x
 
 
 @triton.jit
@@ -72,7 +64,7 @@ def _one_row(
     z = tl.sum(e, 0)
     if loss is not None:
         p_d = tl.sum(p * tl.where(p == 0.0, 0.0, d), 0)  # where P is 0, d may be -inf
-        _store_samples(row, loss, kl, tl.log2(z), p_d, tl.sum(x_log2_x(p), 0))
+        _store_samples(row, loss, kl, log2(z), p_d, tl.sum(x_log2_x(p), 0))
     if gradient is not None:
         store_row(gradient + row * C, 0, e * (factor / z) - p * factor, C, BLOCK)
 
@@ -116,7 +108,7 @@ def _long_row(row, student, teachers, weights, outputs, factor, log2e_over_t, C:
         if gradient is not None:
             store_row(gradient + row * C, first, tl.exp2(d) * (factor / z) - p * factor, C, BLOCK)
     if loss is not None:
-        _store_samples(row, loss, kl, tl.log2(z), tl.sum(p_d, 0), tl.sum(p_log2_p, 0))
+        _store_samples(row, loss, kl, log2(z), tl.sum(p_d, 0), tl.sum(p_log2_p, 0))
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -24,14 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_triton import (
-    LN2,
-    launch,
-    load_row,
-    max_and_sum,
-    store_row,
-    x_log2_x,
-)
+from .row_triton import LN2, launch, load_row, log2, max_and_sum, store_row, x_log2_x
 
 
 @triton.jit
@@ -95,7 +88,7 @@ def _row(
             lanes: tl.constexpr = (C + BLOCK - 1) // BLOCK * BLOCK
             excluded_others = tl.sum(excluded, 0) - (lanes - C) - tl.sum(out.to(tl.float32), 0)
             p_d += tl.where(rest == 0.0, 0.0, rest * tl.where(excluded_others > 0.0, -float("inf"), others))
-        value = (mass * tl.log2(z) - p_d) * LN2
+        value = (mass * log2(z) - p_d) * LN2
         tl.store(loss + row, value)
         if kl is not None:
             p_log2_p = tl.sum(x_log2_x(p), 0) + (C - K) * x_log2_x(rest)

@@ -66,8 +66,6 @@ def topk_blocks(classes: int, k: int) -> tuple[int, int, dict[str, int]]:
     """BLOCK, K_BLOCK and the compiler's options."""
     kept = max(2, triton.next_power_of_2(k))  # topk sorts two or more
     block, options = blocks(max(classes, 2))
-    if block < classes:
-        options["maxnreg"] = 128  # left alone, the assembler spills some bytes to fit a third program beside two
     return max(block, kept), kept, options
 
 
