@@ -44,12 +44,16 @@ def demo_command(argv: list[str]) -> int:
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed}: must be 0 or more")
     began = time.perf_counter()
+
+    from mealfast.machine import lock  # takes torch, by the loaders' files: not for --help
+
     folder = Path(options.run_dir)
-    _make_room(folder)
-    write_digits(folder / "data", options.seed)
-    summaries = _on_one_thread(folder, options)
-    result = demo_report.result(summaries, time.perf_counter() - began)
-    demo_report.write(folder, result)
+    with lock.hold(folder):
+        _make_room(folder, lock.NAME)
+        write_digits(folder / "data", options.seed)
+        summaries = _on_one_thread(folder, options)
+        result = demo_report.result(summaries, time.perf_counter() - began)
+        demo_report.write(folder, result)
     print(demo_report.table(result))
     print(demo_report.what_next(folder))
     if options.json:
@@ -71,17 +75,15 @@ def _on_one_thread(folder: Path, options: argparse.Namespace) -> demo_report.Sum
     return summaries
 
 
-def _make_room(folder: Path) -> None:
-    """Removes what an earlier demo wrote there, and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--run-dir {folder}: is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data").is_dir():
+def _make_room(folder: Path, lock: str) -> None:
+    """Removes what an earlier demo wrote into a folder, held by the file `lock` in it, and nothing else."""
+    held = {path.name for path in folder.iterdir()} - {lock}
+    if held and not (folder / "data").is_dir():
         raise UsageError(f"--run-dir {folder}: holds something other than a demo; name a new or an empty folder")
     for name in ("data", *RUNS):
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in demo_report.FILES:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--run-dir {folder}: cannot be made ({error.strerror or error})") from error
+        raise UsageError(f"--run-dir {folder}: cannot be written ({error.strerror or error})") from error

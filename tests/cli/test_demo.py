@@ -1,6 +1,7 @@
 """The demo in pieces: its trees of digits, its pipeline over a few steps, its figure and its table."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mealfast.cli import demo, demo_data, demo_runs
 from mealfast.cli.demo_data import FEW_LABELS, SIDE, TRAIN_IMAGES, write_digits
 from mealfast.cli.endings import run_command
 from mealfast.loaders import ImageIndex
+from mealfast.machine import lock
 from mealfast.recipe import make_recipe
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the demo's digits come from scikit-learn")
@@ -60,6 +62,16 @@ def test_the_images_are_the_digits_and_their_folders_the_labels(digits):
 def test_a_seed_decides_the_split(digits, tmp_path):
     write_digits(tmp_path, seed=4)
     assert names(tmp_path / "all" / "train") != names(digits / "all" / "train")
+
+
+def test_a_demo_in_use_is_left_alone(tmp_path, capfd):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "image").touch()
+    with lock.hold(tmp_path):
+        assert run_command(dispatch, ["demo", "--run-dir", str(tmp_path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"mealfast: --run-dir {tmp_path}: is in use by process {os.getpid()} on ")
+    assert (tmp_path / "data" / "image").exists()
 
 
 def test_the_pipeline_over_a_few_steps(tmp_path, capfd, monkeypatch):
