@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from mealfast.machine.stop_signal import SIGNALS
+
 PATIENCE = 4.0  # seconds that closing loaders, files and process groups may take
 
 
@@ -42,7 +43,7 @@ def interruptible(leave: Callable[[int], None]) -> Iterator[None]:
         timer.start()
         raise Interrupted(number)
 
-    previous = {number: signal.getsignal(number) for number in STOPPING}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         for number, earlier in previous.items():
             if earlier is not signal.SIG_IGN:
@@ -73,7 +74,7 @@ def noticed() -> Iterator[Callable[[], int | None]]:
 
     def last() -> int | None:
         with suppress(BlockingIOError):
-            came.extend(number for number in os.read(reading, 1 << 16) if number in STOPPING)
+            came.extend(number for number in os.read(reading, 1 << 16) if number in SIGNALS)
         return came[-1] if came else None
 
     try:

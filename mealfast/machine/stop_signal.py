@@ -11,11 +11,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from mealfast.machine.processes import Runtime
-
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -51,27 +46,3 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-
-
-class Agreement:
-    """Lets all processes know, step by step, what one of them wants. Every one calls it equally often."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
-        # Gloo, so that the agreement never waits for a GPU.
-        self._group: Any = dist.new_group(backend="gloo", timeout=runtime.timeout) if runtime.world_size > 1 else None
-        self.delay = 0 if self._group is None else 1  # calls after which a wish is known
-
-    def __call__(self, wish: int) -> int:
-        """The largest `wish` (0: none) of any process: with several that of the call before, so that nobody waits for
-        the slowest one."""
-        if self._group is None:
-            return wish
-        earlier, tensor = self._pending, torch.tensor([wish])
-        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = tensor, work
-        if earlier is None:
-            return 0
-        if earlier[1] is not None:
-            earlier[1].wait()
-        return int(earlier[0].item())

@@ -10,8 +10,10 @@ from typing import Any
 from mealfast.errors import RunError
 from mealfast.loaders import Batch, Loader, LoaderStopped
 from mealfast.machine import lock, processes
+from mealfast.machine.agreement import Agreement
 from mealfast.machine.processes import Runtime
-from mealfast.machine.stop_signal import Agreement, Stopped, StopSignal
+from mealfast.machine.stop_signal import Stopped, StopSignal
+from mealfast.machine.wording import counted
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
 from mealfast.method.targets import GivenTargets
 from mealfast.recipe import Recipe
@@ -242,7 +244,7 @@ class Loop:
             self.outputs.telemetry.weights(job.student.model, where.step)
         kl = "" if result.kl is None else f"  kl {result.kl:.4f}"
         self.outputs.say(
-            f"evaluated after {where.step} steps:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
+            f"evaluated after {counted(where.step, 'step')}:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
         )
         if where.step:
             self.save(best=best)
@@ -282,7 +284,8 @@ class Loop:
             if self.outputs.checkpoints:
                 self.outputs.checkpoints.wait()
                 if self.where.step and not self.outputs.checkpoints.failure:
-                    self.outputs.say(f"{self.where.step} steps are saved: {self.outputs.directory.checkpoints}")
+                    done, place = counted(self.where.step, "step"), self.outputs.directory.checkpoints
+                    self.outputs.say(f"{done} {'is' if self.where.step == 1 else 'are'} saved: {place}")
 
     def figures(self, seconds: float) -> Figures:
         """Of this process's part of the run."""

@@ -9,6 +9,7 @@ from typing import Any
 import mealfast
 from mealfast.loaders import LabelCache
 from mealfast.machine import processes as runtimes
+from mealfast.machine.wording import counted
 from mealfast.models import normalised as models
 from mealfast.recipe import Recipe
 from mealfast.training.job import Job
@@ -58,7 +59,8 @@ def introduction(job: Job) -> list[str]:
     recipe, data = job.recipe, job.data
     lines = models.random_notes((recipe.student, *job.live_teachers))
     lines += [
-        f"note: {len(index.quarantined)} files below {index.root} cannot be read: see mealfast index {index.root}"
+        f"note: {counted(len(index.quarantined), 'file')} below {index.root} cannot be read: see mealfast index "
+        f"{index.root}"
         for index in (data.train, data.val)
         if index.quarantined
     ]
@@ -72,9 +74,10 @@ def introduction(job: Job) -> list[str]:
     return [
         *lines,
         f"student {recipe.student}  teachers {teachers}  discriminator {discriminator}",
-        f"{len(data.train):,} images, {recipe.epochs} epochs of {job.calendar.steps_per_epoch} steps of "
-        f"{recipe.batch_size} at {recipe.size} px  |  {job.runtime.world_size} x {job.runtime.device.type}, "
-        f"{job.student.precision}, {recipe.loader} loader  |  {recipe.run_dir}",
+        f"{counted(len(data.train), 'image')}, {counted(recipe.epochs, 'epoch')} of "
+        f"{counted(job.calendar.steps_per_epoch, 'step')} of {recipe.batch_size} at {recipe.size} px  |  "
+        f"{job.runtime.world_size} x {job.runtime.device.type}, {job.student.precision}, {recipe.loader} loader  |  "
+        f"{recipe.run_dir}",
         *map(str, job.reports),
     ]
 

@@ -11,7 +11,8 @@ import pytest
 
 from mealfast.cli import demo_runs
 from mealfast.cli.endings import run_command
-from mealfast.cli.signals import PATIENCE, STOPPING, Interrupted, noticed
+from mealfast.cli.signals import PATIENCE, Interrupted, noticed
+from mealfast.machine.stop_signal import SIGNALS
 
 PROGRAM = """
 import contextlib, os, signal, sys, threading, time
@@ -128,7 +129,7 @@ def interrupted(argv: list[str], *numbers: int) -> tuple[int, str, float]:
     return process.returncode, err, time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_signals_end_a_command_in_order(tmp_path, number):
     body = SLEEPING.format(finally_=f"open({str(tmp_path / 'closed')!r}, 'w').close()")
     status, err, seconds = interrupted(program(body, patient(60)), number)
@@ -168,11 +169,11 @@ def test_a_thread_that_does_not_end_keeps_no_process(end):
 
 
 def test_handlers_are_given_back():
-    before = [signal.getsignal(number) for number in STOPPING]
+    before = [signal.getsignal(number) for number in SIGNALS]
     assert run_command(lambda argv: 0, []) == 0
     with noticed() as last:
         assert last() is None
-    assert [signal.getsignal(number) for number in STOPPING] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_signal_that_a_run_had_no_step_left_for_ends_the_demo(monkeypatch, tmp_path):
