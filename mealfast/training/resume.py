@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import reason
 from mealfast.machine.processes import Runtime
 from mealfast.models import tuning
 from mealfast.models.layout import is_layout
@@ -83,8 +84,6 @@ def find(recipe: Recipe, directory: RunDirectory) -> Found | None:
         return None
     if resume == "auto":
         newest = checkpoint.newest(directory.checkpoints)
-        if newest is None and checkpoint.candidates(directory.checkpoints):
-            raise UsageError(f"{directory.checkpoints}: every checkpoint is damaged; start anew in another --run-dir")
         if newest is None:
             return None
         found = Found(*newest)
@@ -129,8 +128,7 @@ def restore(state: dict[str, Any], job: Job, what: str) -> None:
     try:
         _restore(state, job)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{what}: does not fit this run ({reason})") from error
+        raise UsageError(f"{what}: does not fit this run ({reason(error)})") from error
 
 
 def _restore(state: dict[str, Any], job: Job) -> None:
