@@ -5,7 +5,6 @@ Shape legend: B images of a batch, H and W pixels, k entries kept of each target
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -32,6 +31,7 @@ from mealfast.loaders import (
 )
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
+from mealfast.machine.terminal import say
 from mealfast.method.data import scan_images, view_plan
 from mealfast.models import tuning
 from mealfast.models.layout import is_layout
@@ -62,7 +62,7 @@ def build(
         recipe, runtime, models, images, compile=compiled, earlier=earlier, specs=recipe.teachers
     )
     for report in reports if runtime.is_main else ():
-        print(report, file=sys.stderr)
+        say(str(report))
     teachers = LabelTeachers(ensemble, described, classes, compiled, {**earlier, **tuning.layouts(reports)})
     header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
     labeller = Labeller(recipe, runtime, index, plan, teachers, top_k, batch_size)
@@ -144,11 +144,10 @@ def _say_what_is_left(header: CacheHeader, claim: Claim) -> None:
     total = header.views * header.bytes_per_view
     left = "" if claim.bytes_left == total else f", {size_text(claim.bytes_left)} of it left to write"
     if claim.note:
-        print(claim.note, file=sys.stderr)
-    print(
+        say(claim.note)
+    say(
         f"{header.views} views of {header.images:,} images, top {header.top_k} of {header.classes} classes: "
-        f"{size_text(total)}{left}",
-        file=sys.stderr,
+        f"{size_text(total)}{left}"
     )
 
 

@@ -6,7 +6,6 @@ Shape legend: N images of the index, V views (FKD's crops), k entries of each la
 from __future__ import annotations
 
 import hashlib
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mealfast.loaders import (
     LabelWriter,
     claim_label_cache,
 )
+from mealfast.machine.terminal import say
 from mealfast.record.console import Progress, size_text
 
 BLOCK_BYTES = 1 << 28  # of rows that are held before they go to disk
@@ -49,11 +49,10 @@ def import_fkd(
     header = _header(folder, root, index, views, flavour, classes)
     with claim_label_cache(out, header) as claim:
         if claim.note:
-            print(claim.note, file=sys.stderr)
-        print(
+            say(claim.note)
+        say(
             f"{views} views of {len(index):,} images, {flavour}: {size_text(header.bytes_per_view * views)}, "
-            f"{size_text(claim.bytes_left)} of it left to write",
-            file=sys.stderr,
+            f"{size_text(claim.bytes_left)} of it left to write"
         )
         with closing(LabelWriter(out)) as writer:
             _copy(root, index, writer, flavour)

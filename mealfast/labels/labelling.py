@@ -5,7 +5,6 @@ Shape legend: B images of a batch, H and W pixels, m images that a view lacks, K
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +16,7 @@ import torch
 from mealfast.kernels import ensemble_topk
 from mealfast.loaders import ImageIndex, ViewPlan, label_loader
 from mealfast.machine.processes import Runtime
+from mealfast.machine.terminal import say
 from mealfast.models import normalised as models
 from mealfast.models.ensemble import padded
 from mealfast.recipe import Recipe
@@ -50,7 +50,7 @@ def load_teachers(
     digests = [models.digest(teacher) for teacher in teachers]
     models.check_distinct(recipe.teachers, digests)
     for note in models.random_notes(recipe.teachers) if runtime.is_main else ():
-        print(note, file=sys.stderr)
+        say(note)
     return teachers, described(recipe.teachers, digests), classes
 
 

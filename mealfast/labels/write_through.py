@@ -136,7 +136,6 @@ class RecordingTargets:
         Raises UsageError or DataError: it is of other targets.
         """
         self.cache: LabelCache  # what is complete of it: a loader reads its targets where there are any
-        self.recording = True  # False while steps are only measured: the teachers' targets, and nothing is kept
         self._recipe, self._runtime, self._teachers, self._plan = recipe, runtime, teachers, plan
         self._steps_per_epoch = len(index) // recipe.batch_size
         self._made: list[tuple[torch.Tensor, torch.Tensor]] = []  # the step's top k, [B / accumulate, k] each
@@ -170,7 +169,7 @@ class RecordingTargets:
         the run learns from what it writes, mixed by area as a run from the cache mixes it. Otherwise nothing: the
         teachers see the student's images."""
         self._made = []
-        if batch.targets or not (self.recording and self._recipe.cutmix):
+        if batch.targets or not self._recipe.cutmix:
             return batch.targets or ()
         for part in batch.images.chunk(self._recipe.accumulate):
             self._made.append(self.top_k(self._teachers.ensemble(part)))
@@ -181,8 +180,6 @@ class RecordingTargets:
         if part.cached:
             return Target(top_k=part.cached)
         logits = self._teachers.ensemble(part.images)
-        if not self.recording:
-            return Target(logits=logits)
         self._made.append(self.top_k(logits))
         return Target(logits=logits, top_k=self._made[-1])
 

@@ -14,6 +14,7 @@ from mealfast.loaders import Batch, DataError, ImageIndex, LabelCache, LabelWrit
 from mealfast.machine.processes import Runtime
 from mealfast.method.data import view_plan
 from mealfast.method.inputs import Inputs
+from mealfast.method.targets import LiveTargets
 from mealfast.recipe import make_recipe
 
 B, C, K, SIZE = 6, 5, 2, 8
@@ -119,9 +120,12 @@ def test_a_batch_that_brings_its_targets_needs_no_teacher(opened, batch, tmp_pat
 
 @pytest.mark.parametrize("cutmix", [False, True])
 def test_steps_that_are_only_measured_write_nothing(opened, batch, tmp_path, cutmix):
-    source, teachers = opened(cutmix=cutmix)
-    source.recording = False
-    (target,) = step(source, batch, 0)
+    """A stage report and a replay take the teachers alone beside a cache that is open."""
+    recording, teachers = opened(cutmix=cutmix)
+    source = LiveTargets(teachers)
+    target = source(Inputs(batch.images, batch.labels, cached=source.before(batch)))
+    source.after(batch, 0)
+    recording.flush()
     assert len(target.logits) == 2
     assert target.top_k == ()
     assert teachers.seen == [B]
