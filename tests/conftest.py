@@ -212,7 +212,7 @@ def stall():
         )
         holders.append(holder)
         if not holder.stdout.readline():
-            pytest.skip(f"no leases on the file system of {paths[0]}")
+            pytest.skip(f"the file system of {paths[0]} has no file leases, which make an open wait")
 
     yield stall
     stall()

@@ -224,7 +224,10 @@ def test_the_bounds_refuse_accumulation_in_float16(classes):
     assert over(loss.sum(), oracle.loss.sum(), oracle.loss_bound().sum()) > 10
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="takes the interpreter, whose exponential can be exchanged")
+@pytest.mark.skipif(
+    not INTERPRETED,
+    reason="needs the interpreter, whose exponential can be exchanged: test_kernels_interpreted.py runs it",
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [2, 1000, 4100])
 def test_the_bounds_leave_room_for_a_gpus_functions(classes, dtype, monkeypatch):

@@ -238,7 +238,7 @@ def test_a_file_that_became_another_kind_is_rendered_by_pillow(tree, index):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="needs Linux's file leases, which make an open wait")
 def test_a_disk_that_does_not_answer_ends_the_wait_for_it(tree, index, stall, tmp_path):
     pack(index, tmp_path / "packed")
     packed = ImageIndex.scan(tmp_path / "packed")
@@ -274,7 +274,7 @@ def test_a_disk_that_does_not_answer_ends_the_wait_for_it(tree, index, stall, tm
     assert not threads_are_blocked()
 
 
-@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="needs Linux's file leases, which make an open wait")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_signal_ends_the_wait_for_a_batch(tree, index, backend, stall):
     received = []

@@ -16,7 +16,9 @@ from mealfast.training.step import Step
 
 from ..runs import assert_same_run, last
 
-pytestmark = pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases, which make an open wait")
+pytestmark = pytest.mark.skipif(
+    not hasattr(fcntl, "F_SETLEASE"), reason="needs Linux's file leases, which make an open wait"
+)
 
 
 @pytest.fixture
