@@ -195,7 +195,8 @@ def test_run_directories_that_cannot_be(capfd, good, tmp_path):
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         line = refused(capfd, "train", *argv, "--run-dir", place)
         assert f"--run-dir {place}: " in line
-    assert "cannot be made" in refused(capfd, "demo", "--run-dir", tmp_path / "file" / "below")
+    below = tmp_path / "file" / "below"
+    assert f"--run-dir {below}: cannot be written" in refused(capfd, "demo", "--run-dir", below)
     assert f"--run-dir {tmp_path / 'file'}: is a file" in refused(capfd, "demo", "--run-dir", tmp_path / "file")
     assert "something other than a demo" in refused(capfd, "demo", "--run-dir", tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
