@@ -64,7 +64,7 @@ bench: install
 	$(BIN)/python benchmarks/report.py $(BENCH)/throughput.jsonl --plot $(BENCH)/throughput.png
 	@echo "results: $(BENCH)/throughput.jsonl  plot: $(BENCH)/throughput.png"
 
-# On a GPU: its tests and the benchmarks, half an hour by estimate.
+# On a GPU: the figures that matter first, then its tests; a quarter of an hour by estimate.
 gpu-check: install
 	benchmarks/gpu_check.sh $(BIN) $(BENCH)
 

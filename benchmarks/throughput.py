@@ -9,6 +9,7 @@ in memory; `models-alone` the forward and backward passes in it, so that `overhe
 `mealfast-cached` a student from a label cache of random targets. They take turns, round by round, so that a busy
 machine slows all of them; the median of the rounds counts. Then come the stages of the step and other batch sizes
 (teachers channels-last there, not measured anew). Weights are random. What does not fit into the GPU is left out.
+A SIGTERM (`timeout`) ends it after the round in which it came: what was measured by then is written.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import contextlib
 import dataclasses
 import gc
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ from timm_style import TimmStyle
 from mealfast.errors import UsageError
 from mealfast.loaders.cores import core_count
 from mealfast.machine import processes as runtimes
+from mealfast.machine.files import replacing
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.measure import stages
@@ -48,6 +52,7 @@ from mealfast.record.run_directory import RunDirectory
 from mealfast.training.assemble import make_job
 
 RECIPE_OF_SIZE = {224: "resnet50-224", 380: "resnet50-380"}
+asked_to_end = threading.Event()
 
 
 @dataclass
@@ -60,17 +65,23 @@ class Contender:
     close: Callable[[], Any] = lambda: None
     settle: float = 0.0  # seconds that its workers need to fill their queue, before another one's turn
     precision: str | None = None  # where it is not the run's
+    compiled: bool = False
+    graph: Callable[[], str | None] = lambda: None  # what of a step a CUDA graph replays: known once it has run
 
 
 def main() -> None:
     args = parse()
     runtime = runtimes.start(args.device)
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure what runs eagerly
     with contextlib.ExitStack() as stack:
+        if args.compile_cache:
+            stack.enter_context(compile_cache(args.compile_cache))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mealfast-benchmark-")))
         try:
             data = args.data or synthetic(scratch / "data", args.images, args.seed)
             for size in args.sizes:
-                for row in measure_size(args, runtime, data, scratch, size):
+                for row in () if asked_to_end.is_set() else measure_size(args, runtime, data, scratch, size):
                     show(row, args.out)
         except UsageError as error:
             raise SystemExit(f"benchmarks/throughput.py: {error}") from None
@@ -94,6 +105,11 @@ def parse() -> argparse.Namespace:
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="of mealfast and timm-style")
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help="of mealfast (default: on GPUs)")
     add("--cuda-graphs", choices=("off", "ensemble", "step"), default=None, help="of mealfast (default: its own)")
+    add("--loader", choices=("dali", "pillow"), default="dali", help="of mealfast (default: dali)")
+    add(
+        "--compile-cache", type=Path, metavar="FILE",
+        help="compiled code of an earlier run, on the same hardware and versions; is written anew at the end",
+    )  # fmt: skip
     add("--workers", type=int, default=core_count(), help="of the others' DataLoaders (default: the cores)")
     add("--rounds", type=int, default=5, help="turns of each (default: 5)")
     add("--seconds", type=float, default=4.0, help="of a turn at least, one step at least (default: 4)")
@@ -127,8 +143,7 @@ def measure_size(
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
         "size": size, "batch": args.batch, "precision": name_of(precision(args.amp, runtime.device)),
-        "student": recipe.student, "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs,
-        "clocks": clocks(),
+        "student": recipe.student, "teachers": list(recipe.teachers), "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
     job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
@@ -143,19 +158,22 @@ def measure_size(
     for contender in contenders:
         extra: dict[str, Any] = {"layouts": layouts} if contender.name.startswith("mealfast") else {}
         extra |= {"precision": contender.precision or facts["precision"], "clocks": clocks()}
+        extra |= {"compiled": contender.compiled, "cuda_graph": contender.graph()}
         if contender.name == "mealfast-replayed" and "models-alone" in rates:
             pairs = zip(rates["mealfast-replayed"], rates["models-alone"], strict=True)
             extra["overhead"] = round(statistics.median(1 - step / models for step, models in pairs), 4)
         yield row(contender.name, rates[contender.name], facts | extra)
         contender.close()
     del contenders, contender
-    if not args.no_stages:
+    if not args.no_stages and not asked_to_end.is_set():
         for stage in stages.measure(job, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
             rate = round(stage.images_per_second, 1)
             yield record(f"stage: {stage.name}", images_per_second=rate, spread=spread, **facts)
     del job
     for batch in args.sweep:
+        if asked_to_end.is_set():
+            return
         free(runtime)
         try:
             yield from sweep(args, runtime, data, scratch, recipe_for(args, data, scratch, size, batch), facts)
@@ -174,7 +192,8 @@ def sweep(
     contenders = [MAKERS[name](args, runtime, recipe, job, data, scratch) for name in names]
     rates = take_turns(contenders, args, runtime, recipe.batch_size)
     for contender in contenders:
-        yield row(contender.name, rates[contender.name], facts | {"batch": recipe.batch_size})
+        used = {"compiled": contender.compiled, "cuda_graph": contender.graph()}
+        yield row(contender.name, rates[contender.name], facts | used | {"batch": recipe.batch_size})
         contender.close()
 
 
@@ -196,6 +215,7 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
         tune_teachers=args.tune_teachers,
+        loader=args.loader,
         seed=args.seed,
     )
 
@@ -208,7 +228,10 @@ def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
         data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device, args.workers
     )
     drain = repeat(made.next_batch, 2 * args.workers)
-    return Contender("baseline", made.step, drain, made.close, settle=1.0, precision="float32")
+    tf32 = runtime.device.type == "cuda" and torch.backends.cudnn.allow_tf32  # mealfast's setting, and this process's
+    return Contender(
+        "baseline", made.step, drain, made.close, settle=1.0, precision="float32 (TF32)" if tf32 else "float32"
+    )
 
 
 def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
@@ -222,14 +245,19 @@ def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
 def mealfast(args, runtime, recipe, job, data, scratch) -> Contender:
     loader, step = job.loader(0, 1 << 30), job.step()
     batches = iter(loader)
-    return Contender("mealfast", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close)
+    return Contender(
+        "mealfast", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), loader.close,
+        compiled=job.compiled, graph=lambda: job.cuda_graph(step),
+    )  # fmt: skip
 
 
 def mealfast_replayed(args, runtime, recipe, job, data, scratch) -> Contender:
     loader, step = job.loader(0, 1), job.step()
     batch = next(iter(loader))
     loader.close()
-    return Contender("mealfast-replayed", lambda: step(batch, 0))
+    return Contender(
+        "mealfast-replayed", lambda: step(batch, 0), compiled=job.compiled, graph=lambda: job.cuda_graph(step)
+    )
 
 
 def models_alone(args, runtime, recipe, job, data, scratch) -> Contender:
@@ -244,7 +272,9 @@ def models_alone(args, runtime, recipe, job, data, scratch) -> Contender:
         logits.backward(torch.ones_like(logits))
         job.optimiser.zero_grad()
 
-    return Contender("models-alone", step)
+    return Contender(
+        "models-alone", step, compiled=job.compiled, graph=lambda: "ensemble" if job.teachers.captured else None
+    )
 
 
 def mealfast_cached(args, runtime, recipe, job, data, scratch) -> Contender:
@@ -265,7 +295,10 @@ def mealfast_cached(args, runtime, recipe, job, data, scratch) -> Contender:
         if recipe.batch_size != args.batch or not args.sweep:
             shutil.rmtree(cache, ignore_errors=True)
 
-    return Contender("mealfast-cached", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), close)
+    return Contender(
+        "mealfast-cached", lambda: step(next(batches), 0), repeat(lambda: next(batches), 3), close,
+        compiled=cached.compiled, graph=lambda: cached.cuda_graph(step),
+    )  # fmt: skip
 
 
 MAKERS = {
@@ -304,7 +337,9 @@ def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) 
         )
     free(runtime)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
+        if number and asked_to_end.is_set():
+            break
         for contender in contenders:
             contender.drain()
             steps = calls[contender.name]
@@ -325,6 +360,17 @@ def repeat(call: Callable[[], Any], times: int) -> Callable[[], None]:
             call()
 
     return repeated
+
+
+@contextlib.contextmanager
+def compile_cache(file: Path) -> Iterator[None]:
+    """Compiled code is taken from a file, where there is one, and written there at the end."""
+    if file.exists():
+        torch.compiler.load_cache_artifacts(file.read_bytes())
+    yield
+    if (saved := torch.compiler.save_cache_artifacts()) is not None:
+        with replacing(file) as temporary:
+            temporary.write_bytes(saved[0])
 
 
 def clocks() -> str | None:

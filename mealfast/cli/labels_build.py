@@ -45,7 +45,7 @@ def make_parser() -> Parser:
 
 
 def build_command(argv: list[str]) -> int:
-    """Runs the command; exit status 0. Raises UsageError or DataError."""
+    """Runs the command; exit status 0. Raises UsageError, DataError or RunError."""
     options = make_parser().parse_args(argv)
     check_positive(options, "views", "top_k", "batch_size")
     if options.views > 1_000_000:
@@ -55,13 +55,16 @@ def build_command(argv: list[str]) -> int:
     recipe = cache_recipe(options.recipe, given_fields(options))
 
     from mealfast.labels.build import build
-    from mealfast.machine import processes as runtimes  # torch and timm take seconds to import: not for --help
+    from mealfast.machine import memory  # torch and timm take seconds to import: not for --help
+    from mealfast.machine import processes as runtimes
 
     runtime = runtimes.start(recipe.device)
     try:
-        header = build(
-            recipe, runtime, Path(options.out), views=options.views, top_k=options.top_k, batch_size=options.batch_size
-        )
+        with memory.enough(runtime.device, "lower --batch-size"):
+            header = build(
+                recipe, runtime, Path(options.out), views=options.views, top_k=options.top_k,
+                batch_size=options.batch_size,
+            )  # fmt: skip
     finally:
         runtimes.stop()
     if header is not None:

@@ -18,7 +18,8 @@ WARM_UP = 3  # calls before a capture: libraries pick algorithms and allocate wo
 
 def eager_steps(world_size: int) -> int:
     """Training steps before one is captured."""
-    # DDP settles its buckets and its timing of them in its first iterations (PyTorch, CUDA semantics).
+    # DDP settles its buckets and its timing of them in its first iterations (PyTorch, CUDA semantics). The variable
+    # named there, TORCH_NCCL_ASYNC_ERROR_HANDLING, may stay on: NCCL's watchdog is thread-local since torch 2.7.
     return WARM_UP if world_size == 1 else 11
 
 
@@ -53,6 +54,11 @@ class CapturedStep:
         self._eager_calls = eager_steps(world_size)
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a graph by now."""
+        return self._graph is not None
+
     def __call__(self, inputs: Any) -> None:
         if self._eager_calls > 0:
             self._eager_calls -= 1
@@ -82,13 +88,20 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Records what a function launches, without running it; the graph, and what the function returned."""
+    """Records what a function launches, without running it; the graph, and what the function returned.
+
+    Raises RuntimeError where something in it cannot be recorded; the caller's stream is the current one again.
+    """
     graph = torch.cuda.CUDAGraph()
     gc.collect()
     gc.disable()  # what it would free meanwhile, another graph or a loader, may wait for the device: the capture's end
     try:
+        # The outer context puts the caller's stream back where ending a broken capture raises (torch 2.11).
         # thread_local: DALI's threads decode and allocate meanwhile, which a global capture would forbid.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             result = function()
     finally:
         gc.enable()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from mealfast.errors import RunError
 
 
 class Peak:
@@ -46,6 +49,20 @@ def largest_batch(peak: int, fixed: int, batch: int, capacity: int) -> int | Non
     """
     each = (peak - fixed) / batch
     return int(0.9 * (capacity - fixed) / each) if each * batch > 0.02 * peak else None
+
+
+@contextmanager
+def enough(device: torch.device, advice: str) -> Iterator[None]:
+    """Within it a device's full memory is one line, with the peak, the capacity and `advice`: what to change. Raises
+    RunError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        figures = ""
+        if device.type == "cuda":
+            peak, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+            figures = f" ({peak / 2**30:.1f} GiB at the peak, of {whole / 2**30:.1f} GiB)"
+        raise RunError(f"the memory of {device} is too small for this{figures}: {advice}") from error
 
 
 def _status(name: str) -> int | None:

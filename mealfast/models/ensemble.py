@@ -81,6 +81,7 @@ class FrozenEnsemble:
             members.append(teacher)
         self.module = Ensemble(members)
         if compile:
+            _let_all_compile()
             self.module.compile(dynamic=False)  # one graph for all K: their small kernels launch together
         self._captured: CapturedForward | None = None
 
@@ -94,9 +95,21 @@ class FrozenEnsemble:
         with torch.no_grad():
             return self.module(images)
 
+    @property
+    def captured(self) -> bool:
+        """Whether images of one shape replay a CUDA graph."""
+        return self._captured is not None
+
     def capture(self, images: torch.Tensor) -> None:
         """From now on images of this shape replay a CUDA graph; its logits are overwritten by the next call."""
         self._captured = CapturedForward(self.run, images)
+
+
+def _let_all_compile() -> None:
+    """All ensembles of a process share one forward, of which torch compiles 8 and then runs the rest eagerly, without a
+    word where nobody listens."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
 
 
 def fold(model: NormalizedModel, device: torch.device) -> int:

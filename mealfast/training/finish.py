@@ -27,6 +27,7 @@ class Figures:
     seconds: float
     replaced: Mapping[str, str]  # path -> reason of the images in whose place others were shown
     replaced_views: int
+    cuda_graph: str | None  # what of a step one replayed at the end, as `Job.cuda_graph` has it
 
 
 def summarise(job: Job, where: Where, figures: Figures) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def summarise(job: Job, where: Where, figures: Figures) -> dict[str, Any]:
         "ensemble": scores.ensemble,
         "images_per_second": figures.images_per_second,
         "data_wait_fraction": figures.data_wait_fraction,
+        "compiled": job.compiled,
+        "cuda_graph": figures.cuda_graph,
         "skipped_steps": int(job.meter.skipped),
         "replaced_views": sum(views for _, views in everyone),
         "replaced_images": {path: reason for replaced, _ in everyone for path, reason in replaced.items()},

@@ -83,3 +83,9 @@ class Job:
             optimiser=self.optimiser,
             meter=self.meter,
         )
+
+    def cuda_graph(self, step: Step) -> str | None:
+        """What of a step a CUDA graph replays by now: "step", the teachers' "ensemble", or None."""
+        if step.captured:
+            return "step"
+        return "ensemble" if self.teachers and self.teachers.captured else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from mealfast.errors import RunError
 from mealfast.loaders import Batch, Loader, LoaderStopped
-from mealfast.machine import lock, processes
+from mealfast.machine import lock, memory, processes
 from mealfast.machine.agreement import Agreement
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Stopped, StopSignal
@@ -46,7 +46,9 @@ def train(recipe: Recipe, at_start: AtStart | None = None) -> dict[str, Any]:
         directory = RunDirectory(recipe.run_dir)
         directory.check(recipe)
         runtime = processes.start(recipe.device, timeout=recipe.collective_timeout)
-        summary = run(recipe, runtime, directory, at_start)
+        advice = f"lower --batch-size, or compute it in parts (--accumulate {2 * recipe.accumulate})"
+        with memory.enough(runtime.device, advice):
+            summary = run(recipe, runtime, directory, at_start)
         # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
         processes.stop()
     return summary
@@ -290,7 +292,7 @@ class Loop:
     def figures(self, seconds: float) -> Figures:
         """Of this process's part of the run."""
         replaced, views = (self.loader.replaced, self.loader.replaced_count) if self.loader else ({}, 0)
-        return Figures(*self.clock.medians(), seconds, replaced, views)
+        return Figures(*self.clock.medians(), seconds, replaced, views, self.job.cuda_graph(self.step))
 
     def replay(self) -> float | None:
         """Images/s of a few more steps on the last batch: what this run would reach if data cost nothing. None where

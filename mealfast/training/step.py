@@ -36,7 +36,8 @@ class Step:
         self.inputs, self.target_source = inputs, target_source
         self.student, self.optimiser, self.meter = student, optimiser, meter
         self.accumulate = recipe.accumulate
-        self.run = CapturedStep(self.learn, world_size) if recipe.cuda_graphs == "step" else self.learn
+        self._captured = CapturedStep(self.learn, world_size) if recipe.cuda_graphs == "step" else None
+        self.run = self._captured or self.learn
         self.taken = None
         self._random: list[torch.Tensor] | None = None  # the generators, as the step that is under way found them
 
@@ -47,6 +48,11 @@ class Step:
         self.run(self.inputs(batch, self.target_source.before(batch), step))  # learn, or a CUDA graph of it
         self.taken, self._random = step, None
         self.target_source.after(batch, step)  # a cache takes what was said; else nothing
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step replays a CUDA graph by now."""
+        return self._captured is not None and self._captured.captured
 
     def learn(self, inputs: Inputs) -> None:
         """All that the device does, so that a graph can replay it; what changes between steps comes in as tensors."""

@@ -42,7 +42,7 @@ class Validation:
         """
         job, recipe, runtime, student = self._job, self._job.recipe, self._job.runtime, self._job.student.normalised
         share_buffers(student, runtime)
-        batch_size = recipe.batch_size // runtime.world_size
+        batch_size = recipe.batch_size // runtime.world_size // recipe.accumulate  # of a step's parts: compiled already
         teachers = range(1, 1 + len(job.live_teachers))
         loader = eval_loader(
             recipe.loader,

@@ -74,6 +74,48 @@ def test_a_resumed_run_captures_anew(fields, tmp_path, stand_in):
     assert isinstance(group["lr"], float), "a checkpoint holds numbers, for runs with and without graphs"
 
 
+def test_a_run_says_what_of_it_a_graph_replayed(fields, tmp_path, stand_in):
+    for mode, steps, graph in (("off", 8, None), ("step", 8, "step"), ("step", 2, None)):  # too short to capture
+        run = {"run_dir": str(tmp_path / f"{mode}{steps}"), "cuda_graphs": mode, "max_steps": steps, "epochs": 4}
+        summary = train(make_recipe(**{**fields, **run}))
+        assert (summary["cuda_graph"], summary["compiled"]) == (graph, False)
+
+
+def test_a_broken_capture_leaves_the_callers_stream(monkeypatch):
+    """torch 2.11 leaves `torch.cuda.graph` by an exception of ending the capture before it puts the stream back."""
+    current = ["the caller's"]
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    class Graph:
+        def __init__(self, graph, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            current[0] = "the capture's"
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, fake in {
+        "CUDAGraph": object, "current_stream": lambda: current[0], "stream": Stream, "graph": Graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    seen = []
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graphs.capture(lambda: seen.append(current[0]))
+    assert seen == ["the capture's"]
+    assert current == ["the caller's"]
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
