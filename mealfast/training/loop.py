@@ -80,10 +80,11 @@ def run_job(
             try:
                 loop.run()
                 outputs.flush()
-                return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
             except Exception:
                 loop.rescue()
                 raise
+            # Outside: the last step is saved by now, and what is measured at the end trains on.
+            return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
 
 
 class Loop:

@@ -175,6 +175,22 @@ def test_an_error_after_a_step_keeps_it(everything, whole, tmp_path, monkeypatch
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_an_error_at_the_end_adds_no_step(everything, whole, tmp_path, monkeypatch):
+    """The end's measurement trains on: nothing of it may be taken for a step."""
+
+    def full(model, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mealfast.training.finish.weights.save", full)
+        with pytest.raises(RunError, match=r"student\.safetensors: cannot be written \(No space left on device\)"):
+            run(everything, tmp_path / "run")
+    assert last(tmp_path / "run")["step"] == last(whole)["step"]
+    assert lines_but_speeds(tmp_path / "run") == lines_but_speeds(whole)
+    run(everything, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_what_is_said_of_the_last_weights_is_true(everything, weights, tmp_path):
     """At this learning rate the first step is finite and its weights are not worth keeping; every later one is bad."""
     with pytest.raises(RunError) as caught:

@@ -215,6 +215,7 @@ def with_bad_call(job: Job, number: int) -> Job:
         calls.append(1)
         return (NanTeachers(job.teachers, math.nan) if len(calls) == number else job.teachers)(images)
 
+    say.captured = False
     return replace(job, teachers=say)
 
 
