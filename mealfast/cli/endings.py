@@ -64,10 +64,9 @@ def _run(command: Command, argv: list[str]) -> int:
     except (ValueError, RunError) as error:
         if not _is_for_the_user(error):
             raise
-        if rank > 0:
-            time.sleep(_OTHERS_WAIT)
         place = f" (process {rank})" if rank > 0 else ""
-        say(f"mealfast: {error}{place}")
+        if rank == 0 or _others_had_time():
+            say(f"mealfast: {error}{place}")
         return 1 if isinstance(error, RunError) else 2
 
 
@@ -78,12 +77,21 @@ def _run_among_others(command: Command, argv: list[str]) -> int:
         return _run(command, argv)
     except Exception as error:
         if (trouble := lost_process(error)) is not None:
-            time.sleep(_OTHERS_WAIT)
-            say(f"mealfast: process {rank}: {trouble}")
+            if _others_had_time():
+                say(f"mealfast: process {rank}: {trouble}")
         else:
             said = "".join(traceback.format_exception(error)).rstrip()
             say(f"{said}\nmealfast: process {rank} failed with the error above")
         return 1
+
+
+def _others_had_time() -> bool:
+    """Waits until the process whose error matters has said so; False where torchrun ends the wait, since it has."""
+    try:
+        time.sleep(_OTHERS_WAIT)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def lost_process(error: Exception) -> str | None:

@@ -168,6 +168,20 @@ def test_a_thread_that_does_not_end_keeps_no_process(end):
     assert done.stderr.endswith("" if end == "return 0" else "ValueError: a bug\n")
 
 
+def test_who_waits_for_the_others_to_speak_leaves_at_torchruns_signal():
+    """A process that has lost another, whose own error is no news, is told to end while it waits: no traceback."""
+    body = 'print("lost", flush=True)\nraise RuntimeError("Connection closed by peer [127.0.0.1]")'
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    with subprocess.Popen(
+        program(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout.readline() == "lost\n"
+        time.sleep(0.5)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, "")
+
+
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     assert run_command(lambda argv: 0, []) == 0
