@@ -16,9 +16,9 @@ import torch
 
 
 def record(name: str, **fields: object) -> dict[str, object]:
-    """`name` and `fields`, with the hardware, the versions, the commit and the date."""
+    """`name` and `fields`, with the hardware and its load, the versions, the commit and the date."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"name": name, **fields, **_environment(), "date": date}
+    return {"name": name, **fields, **_environment(), "load": round(os.getloadavg()[0], 2), "date": date}
 
 
 def write(path: str | os.PathLike, records: Iterable[dict[str, object]]) -> None:

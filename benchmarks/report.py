@@ -20,7 +20,7 @@ CONTENDERS = ("baseline", "timm-style", "mealfast", "mealfast-replayed", "models
 LOADERS = ("bare-dali", "mealfast-dali", "mealfast-pillow", "torchvision", "torchvision-uint8")
 WORDS = {
     "baseline": "the paper's way: Pillow, float32, NCHW, eager",
-    "timm-style": "timm-style loop: autocast, one teacher",
+    "timm-style": "timm-style loop: autocast, channels-last, the same teachers",
     "mealfast": "**mealfast**",
     "mealfast-replayed": "mealfast, one batch in memory",
     "models-alone": "the models' passes alone, without loss and optimiser",

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py --sizes 224 380 --batch 256 --sweep 128 512 --out FILE       # the recipes' models
     python benchmarks/throughput.py --sizes 224 --batch 32 --student resnet18 --teachers resnet34 resnet26
 
-`baseline` is the method as the paper's code runs it (baseline.py), `timm-style` a usual loop with one teacher
+`baseline` is the method as the paper's code runs it (baseline.py), `timm-style` a usual loop with the same teachers
 (timm_style.py). `mealfast` is what `mealfast train` runs, decoding included; `mealfast-replayed` the same on one batch
 in memory; `models-alone` the forward and backward passes in it, so that `overhead` is what mealfast adds to them;
 `mealfast-cached` a student from a label cache of random targets. They take turns, round by round, so that a busy
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import json
 import shutil
 import signal
 import statistics
@@ -112,7 +113,11 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     add("--workers", type=int, default=core_count(), help="of the others' DataLoaders (default: the cores)")
     add("--rounds", type=int, default=5, help="turns of each (default: 5)")
-    add("--seconds", type=float, default=4.0, help="of a turn at least, one step at least (default: 4)")
+    add(
+        "--on-request", action="store_true",
+        help="a round for each line on stdin instead, whose images/s are printed as JSON (for against.py)",
+    )  # fmt: skip
+    add("--seconds", type=float, default=4.0, help="of a turn at least, three steps at least (default: 4)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in ("rounds", "workers"):
@@ -236,7 +241,7 @@ def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
 
 def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
     made = TimmStyle(
-        data / "train", recipe.student, recipe.teachers[0], recipe.size, recipe.batch_size, runtime.device,
+        data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device,
         args.workers, precision(args.amp, runtime.device),
     )  # fmt: skip
     return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)
@@ -324,7 +329,8 @@ def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) 
         # Compiles, fills queues, warms up, captures a CUDA graph of the step.
         try:
             timer.window(contender.step, timer.warm_up if runtime.device.type == "cuda" else 1)
-            calls[contender.name] = max(1, round(args.seconds / timer.window(contender.step, 1)))
+            # Three: what its workers have decoded ahead in the others' turns would make or mar a single one.
+            calls[contender.name] = max(3, round(args.seconds / timer.window(contender.step, 1)))
         except torch.OutOfMemoryError as error:
             left_out(contender.name, error)
             contenders.remove(contender)
@@ -337,7 +343,7 @@ def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) 
         )
     free(runtime)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for number in range(args.rounds):
+    for number in requests() if args.on_request else range(args.rounds):
         if number and asked_to_end.is_set():
             break
         for contender in contenders:
@@ -345,7 +351,16 @@ def take_turns(contenders: list[Contender], args, runtime: Runtime, batch: int) 
             steps = calls[contender.name]
             rates[contender.name].append(batch * steps / timer.window(contender.step, steps))
             time.sleep(contender.settle)
+        if args.on_request:
+            print(json.dumps({name: found[-1] for name, found in rates.items()}), flush=True)
     return rates
+
+
+def requests() -> Iterator[int]:
+    """A number for each line on stdin, after one that says that everything is warm."""
+    print(json.dumps({}), flush=True)
+    for number, _ in enumerate(sys.stdin):
+        yield number
 
 
 def row(name: str, rates: list[float], facts: dict[str, Any]) -> dict[str, Any]:

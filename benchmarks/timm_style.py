@@ -1,10 +1,11 @@
-"""Distillation as one writes it today with timm: its loader, one teacher, autocast, a channels-last student.
+"""Distillation as one writes it today with timm: its loader, autocast, channels-last models, softmaxes averaged.
 
 Shape legend: B images, C classes, H and W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -20,7 +21,7 @@ class TimmStyle:
         self,
         root: Path,
         student: str,
-        teacher: str,
+        teachers: Sequence[str],
         size: int,
         batch: int,
         device: torch.device,
@@ -29,7 +30,9 @@ class TimmStyle:
     ) -> None:
         self.device, self.amp_dtype = device, amp_dtype
         self.student = timm.create_model(student).to(device, memory_format=torch.channels_last).train()
-        self.teacher = timm.create_model(teacher).to(device, memory_format=torch.channels_last).eval()
+        self.teachers = [
+            timm.create_model(name).to(device, memory_format=torch.channels_last).eval() for name in teachers
+        ]
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9)
         gpu = device.type == "cuda"
         self._loader = timm.data.create_loader(
@@ -50,7 +53,8 @@ class TimmStyle:
         images = self.next_batch().to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
-                target = self.teacher(images).float().softmax(dim=1)  # [B, C]
+                softmaxes = [teacher(images).float().softmax(dim=1) for teacher in self.teachers]
+                target = torch.stack(softmaxes).mean(dim=0)  # [B, C]
             logits = self.student(images)
             loss = F.kl_div(logits.float().log_softmax(dim=1), target, reduction="batchmean")
         self.optimizer.zero_grad()
