@@ -3,9 +3,10 @@
     python benchmarks/against.py BASE -- --sizes 224 --batch 32 --student resnet18 --teachers resnet34 resnet26
 
 Installs both beside each other, starts throughput.py of both, with the options after `--`, and has them take turns,
-round by round; each pair of processes takes ROUNDS rounds, and then another pair starts, since a process can be a little
-fast or slow throughout. Of every round the ratio tree / base counts. Slower is what is slower in three rounds of four
-and by more than the tolerance in the median; the exit status is 1 then. BASE must have throughput.py's --on-request.
+round by round; each pair of processes takes ROUNDS rounds, and then another pair starts, since a process can be a
+little fast or slow throughout. Of every round the ratio tree / base counts. Slower is what is slower in three rounds of
+four and by more than the tolerance in the median; the exit status is 1 then. BASE must have throughput.py's
+--on-request.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -108,7 +109,7 @@ def measure(sides: Sequence[Path], options: Sequence[str], rounds: int) -> Itera
 
 
 @contextmanager
-def asked(source: Path, options: Sequence[str]) -> Iterator[object]:
+def asked(source: Path, options: Sequence[str]) -> Iterator[Callable[[], dict[str, float]]]:
     """throughput.py of an installed tree, warmed up: a call is one round, images/s by contender."""
     names = [] if "--names" in options else ["--names", *NAMES]
     command = [sys.executable, source / "benchmarks" / "throughput.py", "--on-request", "--no-stages", *options, *names]
@@ -116,7 +117,6 @@ def asked(source: Path, options: Sequence[str]) -> Iterator[object]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=source
     ) as process:
-        assert process.stdin is not None and process.stdout is not None
         _answer(process.stdout)  # it is warm
 
         def call() -> dict[str, float]:
@@ -151,10 +151,8 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     """As Markdown."""
     lines = ["| contender | tree / base | quartiles | rounds | |", "|---|---|---|---|---|"]
     for row in rows:
-        word = "**slower**" if row["slower"] else ""
-        lines.append(
-            f"| {row['contender']} | {row['ratio']:.3f} | {row['p25']:.3f} to {row['p75']:.3f} | {row['rounds']} | {word} |"
-        )
+        spread, word = f"{row['p25']:.3f} to {row['p75']:.3f}", "**slower**" if row["slower"] else ""
+        lines.append(f"| {row['contender']} | {row['ratio']:.3f} | {spread} | {row['rounds']} | {word} |")
     return "\n".join(lines)
 
 
