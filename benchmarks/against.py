@@ -4,15 +4,16 @@
 
 Installs both beside each other, starts throughput.py of both, with the options after `--`, and has them take turns,
 round by round; each pair of processes takes ROUNDS rounds, and then another pair starts, since a process can be a
-little fast or slow throughout. Of every round the ratio tree / base counts. Slower is what is slower in three rounds of
-four and by more than the tolerance in the median; the exit status is 1 then. BASE must have throughput.py's
---on-request.
+little fast or slow throughout. Of every round the ratio tree / base counts. Slower is what is slower by more than the
+tolerance in the median, in every pair of processes, and in so many rounds that chance does that once in 200 times (a
+sign test); the exit status is 1 then. BASE must have throughput.py's --on-request.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -43,12 +44,11 @@ def main() -> None:
         parser.error("--pairs and --rounds must be 1 or more")
     with tempfile.TemporaryDirectory(prefix="mealfast-against-") as scratch:
         sides = [install(checkout(args.base, Path(scratch) / "base")), install(working_tree(Path(scratch) / "tree"))]
-        found: dict[str, list[float]] = {}
+        pairs = []
         for number in range(args.pairs):
             print(f"pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
-            for name, ratio in measure(sides, options, args.rounds):
-                found.setdefault(name, []).append(ratio)
-    rows = [verdict(name, ratios, args.tolerance) for name, ratios in found.items()]
+            pairs.append(measure(sides, options, args.rounds))
+    rows = [verdict(name, [pair[name] for pair in pairs], args.tolerance) for name in pairs[0]]
     print(table(rows))
     if args.out:
         write(args.out, [record("against", base=args.base, options=options, **row) for row in rows])
@@ -93,8 +93,9 @@ def install(source: Path) -> Path:
     return source
 
 
-def measure(sides: Sequence[Path], options: Sequence[str], rounds: int) -> Iterator[tuple[str, float]]:
-    """(contender, images/s of the tree / images/s of the base) of every round of one pair of processes."""
+def measure(sides: Sequence[Path], options: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Contender -> images/s of the tree / images/s of the base, of every round of one pair of processes."""
+    ratios: dict[str, list[float]] = {}
     with ExitStack() as stack:
         base, tree = (stack.enter_context(asked(side, options)) for side in sides)
         for number in range(rounds):
@@ -105,7 +106,8 @@ def measure(sides: Sequence[Path], options: Sequence[str], rounds: int) -> Itera
                 after = tree()
                 before = base()
             for name, rate in after.items():
-                yield name, rate / before[name]
+                ratios.setdefault(name, []).append(rate / before[name])
+    return ratios
 
 
 @contextmanager
@@ -137,22 +139,27 @@ def _answer(stream: IO[str] | None) -> dict[str, float]:
     raise SystemExit("benchmarks/against.py: throughput.py ended; what it said is above")
 
 
-def verdict(name: str, ratios: Sequence[float], tolerance: float) -> dict[str, object]:
-    """Median and quartiles of the ratios, and whether they say that the tree is slower, by `tolerance` percent."""
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [*ratios] * 3
-    slower = middle < 1 - tolerance / 100 and high < 1
+def verdict(name: str, pairs: Sequence[Sequence[float]], tolerance: float) -> dict[str, object]:
+    """Median and quartiles of the ratios of all pairs of processes, and whether they say that the tree is slower."""
+    ratios = [ratio for pair in pairs for ratio in pair]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    losses = sum(ratio < 1 for ratio in ratios)
+    by_chance = sum(math.comb(len(ratios), k) for k in range(losses, len(ratios) + 1)) / 2 ** len(ratios)
+    throughout = all(statistics.median(pair) < 1 for pair in pairs)
+    slower = middle < 1 - tolerance / 100 and throughout and by_chance < 0.005
     return {
         "contender": name, "ratio": round(middle, 4), "p25": round(low, 4), "p75": round(high, 4),
-        "rounds": len(ratios), "slower": slower,
+        "rounds": len(ratios), "lost": losses, "slower": slower,
     }  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
     """As Markdown."""
-    lines = ["| contender | tree / base | quartiles | rounds | |", "|---|---|---|---|---|"]
+    lines = ["| contender | tree / base | quartiles | rounds lost | |", "|---|---|---|---|---|"]
     for row in rows:
-        spread, word = f"{row['p25']:.3f} to {row['p75']:.3f}", "**slower**" if row["slower"] else ""
-        lines.append(f"| {row['contender']} | {row['ratio']:.3f} | {spread} | {row['rounds']} | {word} |")
+        spread, lost = f"{row['p25']:.3f} to {row['p75']:.3f}", f"{row['lost']} of {row['rounds']}"
+        word = "**slower**" if row["slower"] else ""
+        lines.append(f"| {row['contender']} | {row['ratio']:.3f} | {spread} | {lost} | {word} |")
     return "\n".join(lines)
 
 

@@ -2,16 +2,24 @@
 
     python benchmarks/report.py RESULTS.jsonl [MORE.jsonl ...] [--plot FILE.png] [--readme docs/speed.md]
 
-Reads what throughput.py and loaders.py wrote with `--out`. Figures of different hardware, size or batch are
-kept apart; where one was measured more than once, the newest counts. `--readme` replaces what lies between the lines
-`<!-- benchmarks -->` and `<!-- /benchmarks -->`.
+    python benchmarks/report.py RESULTS.jsonl --against COMMIT|FILE [--tolerance 5]
+
+Reads what throughput.py and loaders.py wrote with `--out`: results are appended there, and none is replaced. Figures of
+different hardware, size or batch are kept apart; in tables the newest counts where one was measured more than once, in
+`--history` all of them, over time. `--readme` replaces what lies between the lines `<!-- benchmarks -->` and
+`<!-- /benchmarks -->`. `--against` compares the newest figures with those of a commit in RESULTS, or with those in
+another file: slower, and exit status 1, is what is slower by more than the tolerance, beyond what the baseline has lost
+from one run to the other, and whose quartiles lie apart.
+Figures of other hardware or versions are not compared. On a machine with other work only against.py can tell.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +40,8 @@ WORDS = {
     "torchvision-uint8": "the same, normalised by the model",
 }
 
+VERSIONS = ("gpu", "driver", "cuda", "cpu", "cores", "torch", "triton", "precision", "compiled", "cuda_graph")
+
 Row = dict[str, Any]
 
 
@@ -39,13 +49,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="files of JSON lines")
     parser.add_argument("--plot", type=Path, help="bars of images/s, as PNG or SVG")
+    parser.add_argument("--history", type=Path, help="images/s over time, a line a contender, as PNG or SVG")
+    parser.add_argument("--against", metavar="COMMIT|FILE", help="compare with an earlier result")
+    parser.add_argument("--tolerance", type=float, default=5.0, help="percent that may be lost (default: 5)")
     parser.add_argument("--readme", type=Path, help="file whose benchmark section is written anew")
     args = parser.parse_args()
     rows = [row for path in args.results for row in read(path)]
+    if args.against:
+        text, slower = compare(rows, args.against, args.tolerance)
+        print(text)
+        sys.exit(int(slower))
     text = "\n\n".join(tables(rows))
     print(text)
     if args.plot:
         plot(rows, args.plot)
+    if args.history:
+        history(rows, args.history)
     if args.readme:
         fill(args.readme, text)
 
@@ -81,7 +100,7 @@ def tables(rows: Iterable[Row]) -> list[str]:
 
 
 def relation(kind: str, row: Row, reference: Row) -> str:
-    ratio = row["images_per_second"] / reference["images_per_second"]
+    ratio = ratio_of(row, reference)
     return f"{100 / ratio:.0f}%" if kind == "stage" else f"{ratio:.2f}"
 
 
@@ -96,6 +115,49 @@ def groups(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
         found.setdefault(key, {})[name] = row
     order = {name: number for number, name in enumerate((*CONTENDERS, *LOADERS))}
     return {key: dict(sorted(group.items(), key=lambda item: order.get(item[0], 0))) for key, group in found.items()}
+
+
+def compare(rows: list[Row], against: str, tolerance: float) -> tuple[str, bool]:
+    """A Markdown table of the newest rows beside those of a commit or file, and whether one is slower."""
+    if Path(against).is_file():
+        old, new = read(Path(against)), rows
+    else:
+        old = [row for row in rows if of_commit(row, against)]
+        new = [row for row in rows if not of_commit(row, against)]
+    before, after = groups(old), groups(new)
+    lines = ["| | before | now | now / before | |", "|---|---|---|---|---|"]
+    any_slower, others = False, set()
+    for key in before.keys() & after.keys():
+        # What the baseline of the same runs has lost, the machine has lost.
+        baselines = [group["baseline"] for group in (after[key], before[key]) if "baseline" in group]
+        drift = min(1.0, ratio_of(*baselines)) if len(baselines) == 2 else 1.0
+        for name, row in after[key].items():
+            then = before[key].get(name, {})
+            others.update(differing := [what for what in VERSIONS if then and row.get(what) != then.get(what)])
+            if differing or not then:
+                continue
+            ratio = ratio_of(row, then)
+            apart = row["spread"]["p75"] < then["spread"]["p25"]
+            slower = name != "baseline" and apart and ratio < drift * (1 - tolerance / 100)
+            any_slower |= slower
+            where = f"{name}, {row['size']} px, batch {row.get('batch', row.get('batch_size'))}"
+            then_and_now = f"{then['images_per_second']:,.1f} | {row['images_per_second']:,.1f}"
+            lines.append(f"| {where} | {then_and_now} | {ratio:.3f} | {'**slower**' if slower else ''} |")
+    if len(lines) == 2:
+        why = f"they differ in {', '.join(sorted(others))}" if others else "none has the hardware and models of another"
+        raise SystemExit(f"benchmarks/report.py: --against {against}: no two results can be compared: {why}")
+    return "\n".join(lines), any_slower
+
+
+def ratio_of(row: Row, reference: Row) -> float:
+    """Images/s of one by the other's."""
+    return row["images_per_second"] / reference["images_per_second"]
+
+
+def of_commit(row: Row, commit: str) -> bool:
+    """Whether a row is of the commit that this begins to name; `git describe` writes v1-3-gCOMMIT."""
+    own = (row.get("commit") or "").rpartition("-g")[2]
+    return bool(own) and (own.startswith(commit) or commit.startswith(own))
 
 
 def hardware(row: Row) -> str:
@@ -138,6 +200,40 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axis.set_title(f"{hardware(row)}, {row['size']} px, batch {row['batch']}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("images/s, median and quartiles")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def history(rows: Iterable[Row], path: Path) -> None:
+    """Images/s of every measurement of a step over time, a panel a hardware, size and batch, a line a contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.dates
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        for key in groups([row]):
+            if key[0] == "step":
+                panels.setdefault(key, {}).setdefault(row["name"], []).append(row)
+    if not panels:
+        raise SystemExit("benchmarks/report.py: --history: the results hold no training step")
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.9 + 2.8 * len(panels)), squeeze=False)
+    for axis, (key, lines) in zip(axes[:, 0], panels.items(), strict=True):
+        for name, measured in lines.items():
+            dates = matplotlib.dates.date2num([datetime.fromisoformat(row["date"]) for row in measured])
+            values = [row["images_per_second"] for row in measured]
+            below = [row["images_per_second"] - row["spread"]["p25"] for row in measured]
+            above = [row["spread"]["p75"] - row["images_per_second"] for row in measured]
+            axis.errorbar(dates, values, yerr=[below, above], marker="o", markersize=3, capsize=2, label=name)
+        axis.xaxis_date()
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+        axis.set_title(f"{key[1]}, {key[2]} px, batch {key[3]}", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_ylabel("images/s, median and quartiles")
+    figure.autofmt_xdate()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -97,3 +97,74 @@ def test_the_baseline_learns_what_the_released_code_learns(tree):
         made.step()
     assert losses == [pytest.approx(float(expected), rel=1e-5)]
     made.close()
+
+
+def module(name):
+    """A script of benchmarks/, imported as it is run: beside its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    return found
+
+
+ROW = {
+    "gpu": None, "driver": None, "cuda": None, "cpu": "A", "cores": 2, "torch": "2.15", "triton": None, "size": 224,
+    "batch": 32, "precision": "float32", "compiled": False, "cuda_graph": None, "student": "s", "teachers": ["t"],
+}  # fmt: skip
+
+
+def write_rows(path, date, commit, **rates):
+    """A result a contender, quartiles 1% off; `rates` by name, `_` for `-`."""
+    rows = [
+        {**ROW, "name": name.replace("_", "-"), "images_per_second": rate, "commit": commit, "date": date,
+         "spread": {"p25": 0.99 * rate, "p75": 1.01 * rate}}
+        for name, rate in rates.items()
+    ]  # fmt: skip
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("now", "slower"),
+    [
+        ({"baseline": 5, "mealfast": 20, "mealfast_cached": 40}, False),
+        ({"baseline": 5, "mealfast": 18, "mealfast_cached": 40}, True),
+        ({"baseline": 5, "mealfast": 19.5, "mealfast_cached": 40}, False),  # within the tolerance
+        ({"baseline": 4.5, "mealfast": 18, "mealfast_cached": 36}, False),  # the machine is slower
+        ({"baseline": 4.5, "mealfast": 18, "mealfast_cached": 30}, True),
+    ],
+)
+def test_the_report_tells_what_is_slower_than_a_commit(tmp_path, now, slower):
+    path = write_rows(tmp_path / "r.jsonl", "2026-01-01T00:00:00+00:00", "v1-2-gabc1234", baseline=5, mealfast=20,
+                      mealfast_cached=40)  # fmt: skip
+    write_rows(path, "2026-01-02T00:00:00+00:00", "def5678", **now)
+    report = module("report")
+    text, found = report.compare(report.read(path), "abc1234", 5)
+    assert found is slower
+    assert f"| {now['mealfast']:.1f} | {now['mealfast'] / 20:.3f} |" in text
+    assert len(path.read_text().splitlines()) == 6, "results are kept"
+
+
+def test_results_of_other_versions_are_not_compared(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "r.jsonl", "2026-01-01T00:00:00+00:00", "abc1234", mealfast=20)
+    monkeypatch.setitem(ROW, "torch", "2.16")
+    write_rows(path, "2026-01-02T00:00:00+00:00", "def5678", mealfast=20)
+    report = module("report")
+    with pytest.raises(SystemExit, match="no two results can be compared: they differ in torch"):
+        report.compare(report.read(path), "abc1234", 5)
+
+
+def test_only_what_chance_does_not_do_is_slower():
+    """3% lost in noise of 2% is found, the same speed is not; nor what one pair of processes alone says."""
+    verdict, noise = module("against").verdict, torch.Generator().manual_seed(0)
+    found = {0.97: 0, 1.0: 0}
+    for centre in found:
+        for _ in range(50):
+            pairs = (centre + 0.02 * torch.randn(3, 8, generator=noise)).tolist()
+            found[centre] += verdict("mealfast", pairs, 1.0)["slower"]
+    assert found[0.97] >= 48
+    assert found[1.0] <= 1
+    assert not verdict("mealfast", [[0.9] * 8, [0.9] * 8, [1.001] * 8], 1.0)["slower"]
