@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],  # the digits, and the figure of the demo
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.18"],
+        # Triton comes with PyTorch's CUDA builds; its interpreter runs the kernels anywhere.
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.18", "triton; platform_system == 'Linux'"],
     },
 )
