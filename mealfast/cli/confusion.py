@@ -5,7 +5,7 @@ Shape legend: B images of this process, C classes, M models and, of two or more,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 
 from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_target
-from mealfast.loaders import Batch, Loader
+from mealfast.loaders import Batch
 from mealfast.machine.files import printable, replacing
 from mealfast.machine.processes import Runtime
 
@@ -22,38 +22,18 @@ _PAIRS = 10  # confused pairs that are listed
 _NAMED = 40  # classes whose names the figure's axes have room for
 
 
-class Labelled:
-    """A loader that remembers the labels, int64 [B], of the batch that it has handed out last."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.labels = torch.empty(0, dtype=torch.int64)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            self.labels = batch.labels
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def close(self) -> None:
-        """Closes the loader."""
-        self.loader.close()
-
-
 class Confusion:
     """Counts, int64 [M, C, C]: how often each model takes an image of one class (row) for one of another (column)."""
 
-    def __init__(self, models: int, classes: int, device: torch.device, loader: Labelled) -> None:
-        self.models, self.classes, self.loader = models, classes, loader
+    def __init__(self, models: int, classes: int, device: torch.device) -> None:
+        self.models, self.classes = models, classes
         self._counts = torch.zeros(models + (models > 1), classes * classes, dtype=torch.int64, device=device)
 
-    def __call__(self, images: torch.Tensor, logits: list[torch.Tensor]) -> None:
+    def __call__(self, batch: Batch, logits: list[torch.Tensor]) -> None:
         """Counts a batch; `logits` are M of [B, C]."""
         scores = [*logits, ensemble_target(logits)] if self.models > 1 else logits
         for counts, one in zip(self._counts, scores, strict=True):
-            cells = self.loader.labels * self.classes + one.argmax(dim=1)
+            cells = batch.labels * self.classes + one.argmax(dim=1)
             counts += torch.bincount(cells, minlength=len(counts))
 
     def counts(self, runtime: Runtime) -> torch.Tensor:

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """Scores the models that the options name, and draws what they ask for; the content of `--json`."""
     import torch
 
-    from mealfast.cli.confusion import Confusion, Labelled, draw, output_names
+    from mealfast.cli.confusion import Confusion, draw, output_names
     from mealfast.loaders import eval_loader
     from mealfast.machine.precision import name_of, precision
     from mealfast.method.data import label_map, scan_images
@@ -133,14 +133,13 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         )
         for kind in kinds
     ]  # fmt: skip
-    labelled = Labelled(loaders[0])
     confusion = None
     if options.per_class or options.confusion:
-        confusion = Confusion(len(loaded), num_classes, runtime.device, labelled)
+        confusion = Confusion(len(loaded), num_classes, runtime.device)
     members = range(len(loaded)) if len(loaded) > 1 else ()
     try:
         found = evaluate(
-            predict, len(loaded), [labelled, *loaders[1:]], runtime, ensemble=members,
+            predict, len(loaded), loaders, runtime, ensemble=members,
             pad_to=options.batch_size if options.compile else None, on_batch=confusion,
         )  # fmt: skip
     finally:

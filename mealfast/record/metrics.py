@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,20 @@ _PICTURE_SIDE = 224  # pixels
 _LINE_HEIGHT = 14  # pixels
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A validation image, and what is said of it."""
+
+    image: torch.Tensor  # uint8 [H, W, 3]
+    label: int
+    student: torch.Tensor  # float32 [C]: probabilities
+    target: torch.Tensor  # float32 [C]
+
+
 class Telemetry:
     """Appends lines to `metrics.jsonl` and scalars to `tensorboard/` of a run directory.
+
+    The ensemble's accuracy goes to `tensorboard/ensemble` under the student's names: both are drawn in one chart.
 
     A disk that is full for a while costs none of them: see AppendLog.
     """
@@ -45,12 +58,13 @@ class Telemetry:
         _keep_lines(path, keep_line)
         self._lines = AppendLog(path, say)
         self._board = Board(run_dir / "tensorboard", first_step, say)
+        self._ensemble = Board(run_dir / "tensorboard" / "ensemble", first_step, say)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One object of design's two kinds, `train` or `eval`; numbers become TensorBoard scalars too."""
+        """One object of design's two kinds, `train` or `eval`; what changes of it becomes TensorBoard scalars too."""
         self._lines.write((json.dumps(line) + "\n").encode())
         for name, value in line.items():
-            if name not in ("kind", "step") and isinstance(value, (int, float)):
+            if name not in ("kind", "step", "epoch", "images") and isinstance(value, (int, float)):
                 self._board.scalar(f"{line['kind']}/{name}", value, line["step"])
 
     def weights(self, model: nn.Module, step: int) -> None:
@@ -64,14 +78,21 @@ class Telemetry:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 self._board.histogram(f"weights/{name}", module.weight.detach().float().cpu(), step)
 
-    def pictures(self, images: torch.Tensor, targets: torch.Tensor, names: Sequence[str], step: int) -> None:
-        """A few uint8 images [B, H, W, 3], each with the five most probable classes of its target [B, C]."""
-        for number, (image, target) in enumerate(zip(images.cpu().numpy(), targets.float().cpu(), strict=True)):
-            top = target.topk(min(5, len(target)))
-            lines = [
+    def ensemble(self, score: dict[str, Any], step: int) -> None:
+        """The ensemble's `top1` and `top5`, in percent, beside the student's of an evaluation after `step` steps."""
+        for name in ("top1", "top5"):
+            self._ensemble.scalar(f"eval/{name}", score[name], step)
+
+    def pictures(self, pictures: Sequence[Picture], names: Sequence[str], step: int) -> None:
+        """Images, each with its class, the student's guess and the five most probable classes of its target."""
+        for number, one in enumerate(pictures):
+            guess = int(one.student.argmax())
+            top = one.target.topk(min(5, len(one.target)))
+            lines = [names[one.label], f"{100 * float(one.student[guess]):5.1f}%  {names[guess]} (student)"]
+            lines += [
                 f"{100 * p:5.1f}%  {names[c]}" for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            self._board.image(f"target/{number}", _captioned(image, lines), step)
+            self._board.image(f"target/{number}", _captioned(one.image.numpy(), lines), step)
 
     def sync(self) -> None:
         """Brings the lines to the disk. A checkpoint comes after them: what it says was logged must be there."""
@@ -79,7 +100,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Raises RunError where the disk has not taken all lines to the end."""
-        lost, lost_curves = self._lines.close(), self._board.close()
+        lost, lost_curves = self._lines.close(), self._board.close() + self._ensemble.close()
         if lost or lost_curves:
             raise RunError(
                 f"{self._lines.path}: {lost:,} bytes of it and {lost_curves:,} of tensorboard/ could not be written; "

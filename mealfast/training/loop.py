@@ -245,6 +245,8 @@ class Loop:
         self.outputs.write({"kind": "eval", **line})
         if self.outputs.telemetry:
             self.outputs.telemetry.weights(job.student.model, where.step)
+            if teaching := scores.ensemble or next(iter(scores.teachers), None):
+                self.outputs.telemetry.ensemble(teaching, where.step)
         kl = "" if result.kl is None else f"  kl {result.kl:.4f}"
         self.outputs.say(
             f"evaluated after {counted(where.step, 'step')}:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
 from mealfast.labels.labelling import LabelTeachers, described
 from mealfast.labels.write_through import RecordingTargets
 from mealfast.models import tuning
 from mealfast.record.checkpoint_writer import CheckpointWriter
 from mealfast.record.console import Progress
-from mealfast.record.metrics import Telemetry
+from mealfast.record.metrics import Picture, Telemetry
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training import report
 from mealfast.training.job import Job
@@ -63,12 +61,12 @@ class Outputs:
         if self.telemetry:
             self.telemetry.write(line)
 
-    def show_pictures(self, step: int) -> Callable[[torch.Tensor, torch.Tensor, list[str]], None] | None:
-        """Where an evaluation after `step` steps shows its first images; None: nowhere."""
+    def show_pictures(self, step: int) -> Callable[[list[Picture], list[str]], None] | None:
+        """Where an evaluation after `step` steps shows some images; None: nowhere."""
         telemetry = self.telemetry
         if telemetry is None:
             return None
-        return lambda images, targets, names: telemetry.pictures(images, targets, names, step)
+        return lambda pictures, names: telemetry.pictures(pictures, names, step)
 
     def save(self, step: int, state: dict[str, Any], *, best: bool) -> None:
         """Has a checkpoint written, and the label cache brought to disk before it."""

@@ -52,14 +52,15 @@ def evaluate(
     ensemble: Sequence[int] = (),
     student: int | None = None,
     pad_to: int | None = None,
-    on_batch: Callable[[torch.Tensor, list[torch.Tensor]], None] | None = None,
+    on_batch: Callable[[Batch, list[torch.Tensor]], None] | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Scores M = `num_models` models on the images of the loaders, which run in step (one a kind of preprocessing).
 
     `predict` takes each loader's uint8 images [B, H, W, 3] and returns M logits [B, C]. `ensemble` names the models
     whose mean softmax is scored too, `student` the one whose KL to that mean is wanted. `pad_to` adds black images up
-    to that many, so that compiled models see one shape only. `on_batch(images, logits)` sees every batch.
+    to that many, so that compiled models see one shape only. `on_batch(batch, logits)` sees every batch of the first
+    loader and the M logits on it.
 
     Raises Stopped, on every process, where `stopping()`, asked before each batch, says so on one of them, and likewise
     DataError where a loader of one does.
@@ -76,7 +77,7 @@ def evaluate(
         logits = predict(*(padded(batch.images, pad_to) for batch in batches))
         logits = [one[:count].float() for one in logits]
         if on_batch is not None:
-            on_batch(batches[0].images, logits)
+            on_batch(batches[0], logits)
         members = [logits[member] for member in ensemble]
         guesses = [*logits, ensemble_target(members)] if members else logits
         correct += torch.stack([_hits(one, labels) for one in guesses])

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from mealfast.kernels import ensemble_target
-from mealfast.loaders import EvalViews, eval_loader
+from mealfast.loaders import Batch, EvalViews, eval_loader
 from mealfast.method.data import class_names
 from mealfast.models.ensemble import FrozenEnsemble
+from mealfast.record.metrics import Picture
 from mealfast.training.job import Job
 from mealfast.training.resume import share_buffers
 from mealfast.training.scoring import Evaluation, evaluate
 
-_PICTURES = 4  # shown with the top-5 of their target
+_PICTURES = 4  # of as many classes
 _ROOM = 2 << 30  # bytes of each process for what its teachers said
 
-ShowPictures = Callable[[torch.Tensor, torch.Tensor, list[str]], None]
+ShowPictures = Callable[[list[Picture], list[str]], None]
 
 
 class Validation:
@@ -36,7 +38,7 @@ class Validation:
         self._number = 0  # of the batch that comes next
 
     def __call__(self, show: ShowPictures | None = None, stopping: Callable[[], bool] = lambda: False) -> Evaluation:
-        """Models in the order student, teachers. `show` gets the first images, their targets and the class names.
+        """Models in the order student, teachers. `show` gets some images, what is said of them, and the class names.
 
         Raises Stopped where `stopping` says so before a batch, DataError where an image cannot be read.
         """
@@ -57,9 +59,10 @@ class Validation:
             stopping=stopping,
         )
         self._number = 0
+        pictures = _Pictures(job.data.val.labels) if show and teachers else None
         student.eval()
         try:
-            return evaluate(
+            result = evaluate(
                 self._predict,
                 1 + len(teachers),
                 [loader],
@@ -67,12 +70,15 @@ class Validation:
                 ensemble=teachers,
                 student=0 if teachers else None,
                 pad_to=batch_size if job.compiled else None,
-                on_batch=_FirstBatch(show, self._names()) if show and teachers else None,
+                on_batch=pictures,
                 stopping=stopping,
             )
         finally:
             student.train()
             loader.close()
+        if show and pictures:
+            show(pictures.found(), self._names())
+        return result
 
     def _predict(self, images: torch.Tensor) -> list[torch.Tensor]:
         teachers = self._job.teachers
@@ -92,14 +98,26 @@ class Validation:
         return class_names(self._job.data, self._job.student.num_classes)
 
 
-class _FirstBatch:
-    """Hands the first images of an evaluation on, with their targets, and ignores the rest."""
+class _Pictures:
+    """Takes the first image of some classes, spread over those that there are, out of an evaluation's batches."""
 
-    def __init__(self, show: ShowPictures, names: list[str]) -> None:
-        self.show: ShowPictures | None = show
-        self.names = names
+    def __init__(self, labels: np.ndarray) -> None:
+        """`labels`: int64 [N], of every image."""
+        present = np.unique(labels)
+        spread = np.linspace(0, len(present) - 1, _PICTURES).round().astype(int)
+        self._wanted = [int(present[place]) for place in dict.fromkeys(spread.tolist())]
+        self._found: dict[int, Picture] = {}
 
-    def __call__(self, images: torch.Tensor, logits: list[torch.Tensor]) -> None:
-        if self.show is not None:
-            self.show(images[:_PICTURES], ensemble_target([one[:_PICTURES] for one in logits[1:]]), self.names)
-            self.show = None
+    def __call__(self, batch: Batch, logits: list[torch.Tensor]) -> None:
+        labels = batch.labels.tolist() if len(self._found) < len(self._wanted) else []
+        for label in self._wanted:
+            if label in labels and label not in self._found:
+                row = labels.index(label)
+                student, *teachers = [one[row : row + 1] for one in logits]
+                target = ensemble_target(teachers)[0].cpu()
+                image = batch.images[row].to("cpu", copy=True)
+                self._found[label] = Picture(image, label, student.softmax(dim=1)[0].cpu(), target)
+
+    def found(self) -> list[Picture]:
+        """In the order of their labels."""
+        return [self._found[label] for label in sorted(self._found)]

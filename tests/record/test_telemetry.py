@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mealfast.recipe import make_recipe
 from mealfast.record.clock import Clock
-from mealfast.record.metrics import Telemetry, middle_convolution
+from mealfast.record.metrics import Picture, Telemetry, middle_convolution
 from mealfast.training.loop import train
 
 from ..runs import last, lines
@@ -65,11 +65,24 @@ def test_tensorboard_holds_what_the_lines_say(ran):
     folder, board = ran
     for kind, keys in (("train", TRAIN), ("eval", EVAL)):
         wanted = {line["step"]: line for line in lines(folder) if line["kind"] == kind}
-        for key in keys - {"kind", "step"}:
+        for key in keys - {"kind", "step", "epoch", "images"}:
             events = {event.step: event.value for event in board.Scalars(f"{kind}/{key}")}
             assert set(events) == set(wanted)
             for step, value in events.items():
                 assert value == pytest.approx(wanted[step][key], rel=1e-6)
+
+
+def test_the_ensembles_accuracy_is_a_line_in_the_students_chart(ran):
+    folder, board = ran
+    beside = EventAccumulator(str(folder / "tensorboard" / "ensemble"), size_guidance={"scalars": 0})
+    beside.Reload()
+    summary = json.loads((folder / "summary.json").read_text())
+    teaching = summary["ensemble"] or summary["teachers"][0]
+    for name in ("top1", "top5"):
+        steps = [event.step for event in board.Scalars(f"eval/{name}")]
+        assert [(one.step, one.value) for one in beside.Scalars(f"eval/{name}")] == [
+            (step, pytest.approx(teaching[name], rel=1e-6)) for step in steps
+        ]
 
 
 def test_percentiles_of_the_middle_convolution_are_numpys(ran):
@@ -89,14 +102,16 @@ def test_percentiles_of_the_middle_convolution_are_numpys(ran):
     assert histogram.sum == pytest.approx(float(values.sum()), rel=1e-4, abs=1e-6)
 
 
-def test_pictures_show_the_image_above_its_caption(ran):
+def test_pictures_are_of_different_classes_each_above_its_caption(ran):
+    """Class k of the tests' images is k's colour (red, green, blue) below noise."""
     _, board = ran
-    tags = [tag for tag in board.Tags()["images"] if tag.startswith("target/")]
-    assert len(tags) == 4
-    picture = np.asarray(Image.open(io.BytesIO(board.Images(tags[0])[-1].encoded_image_string)).convert("RGB"))
-    assert picture.shape[1] == 224
-    assert picture.shape[0] > 224
-    assert (picture[224:] < 128).any(), "there is no text below the image"
+    tags = sorted(tag for tag in board.Tags()["images"] if tag.startswith("target/"))
+    assert len(tags) == 3, "one a class"
+    for place, tag in enumerate(tags):
+        picture = np.asarray(Image.open(io.BytesIO(board.Images(tag)[-1].encoded_image_string)).convert("RGB"))
+        assert picture.shape[1] == 224
+        assert picture[:224].mean(axis=(0, 1)).argmax() == place
+        assert (picture[224:] < 128).any(), "there is no text below the image"
 
 
 def test_a_caption_names_the_targets_top_five(tmp_path, monkeypatch):
@@ -109,10 +124,12 @@ def test_a_caption_names_the_targets_top_five(tmp_path, monkeypatch):
         lambda image, rows: captions.append(rows) or np.zeros((8, 8, 3), np.uint8),
     )
     telemetry = Telemetry(tmp_path, 0, lambda line: True)
-    target = torch.tensor([[0.05, 0.4, 0.2, 0.3, 0.01, 0.04]])
-    telemetry.pictures(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), target, list("abcdef"), 0)
+    target = torch.tensor([0.05, 0.4, 0.2, 0.3, 0.01, 0.04])
+    said = torch.tensor([0.1, 0.1, 0.1, 0.6, 0.05, 0.05])
+    telemetry.pictures([Picture(torch.zeros(8, 8, 3, dtype=torch.uint8), 4, said, target)], list("abcdef"), 0)
     telemetry.close()
     assert [row.split() for row in captions[0]] == [
+        ["e"], ["60.0%", "d", "(student)"],
         ["40.0%", "b"], ["30.0%", "d"], ["20.0%", "c"], ["5.0%", "a"], ["4.0%", "f"],
     ]  # fmt: skip
 
