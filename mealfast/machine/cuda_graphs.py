@@ -9,9 +9,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
+Copied = TypeVar("Copied", bound="Copyable")
+
+
+class Copyable(Protocol):
+    """What a graph's inputs must do: be cloned once, and take the values of others from then on."""
+
+    def clone(self: Copied) -> Copied: ...
+
+    def copy_(self: Copied, other: Copied) -> object: ...
+
 
 WARM_UP = 3  # calls before a capture: libraries pick algorithms and allocate workspaces, compilers compile
 
@@ -23,10 +35,10 @@ def eager_steps(world_size: int) -> int:
     return WARM_UP if world_size == 1 else 11
 
 
-class CapturedForward:
+class CapturedForward(Generic[Result]):
     """A function of one tensor as a CUDA graph. Its outputs are the same tensors each time, overwritten."""
 
-    def __init__(self, function: Callable[[torch.Tensor], Any], example: torch.Tensor) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], Result], example: torch.Tensor) -> None:
         """Captures `function` for inputs of the shape and dtype of `example`, on the current CUDA device."""
         self._input = example.clone()
         on_side_stream(lambda: [function(self._input) for _ in range(WARM_UP)])
@@ -37,19 +49,19 @@ class CapturedForward:
         """Of the inputs that it takes."""
         return self._input.shape
 
-    def __call__(self, tensor: torch.Tensor) -> Any:
+    def __call__(self, tensor: torch.Tensor) -> Result:
         self._input.copy_(tensor)
         self._graph.replay()
         return self._outputs
 
 
-class CapturedStep:
+class CapturedStep(Generic[Copied]):
     """A training step as a CUDA graph: the first calls run as they are, and then one is captured and replayed.
 
     The step takes one argument that has `clone` and `copy_`, as tensors do, and returns nothing.
     """
 
-    def __init__(self, function: Callable[[Any], None], world_size: int) -> None:
+    def __init__(self, function: Callable[[Copied], None], world_size: int) -> None:
         self._function = function
         self._eager_calls = eager_steps(world_size)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -59,7 +71,7 @@ class CapturedStep:
         """Whether calls replay a graph by now."""
         return self._graph is not None
 
-    def __call__(self, inputs: Any) -> None:
+    def __call__(self, inputs: Copied) -> None:
         if self._eager_calls > 0:
             self._eager_calls -= 1
             on_side_stream(lambda: self._function(inputs))
@@ -71,7 +83,7 @@ class CapturedStep:
         self._graph.replay()
 
 
-def on_side_stream(function: Callable[[], Any]) -> Any:
+def on_side_stream(function: Callable[[], Result]) -> Result:
     """Runs a function on a stream of its own, as work that is to be captured wants it; the caller's stream waits."""
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -87,7 +99,7 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Records what a function launches, without running it; the graph, and what the function returned.
 
     Raises RuntimeError where something in it cannot be recorded; the caller's stream is the current one again.

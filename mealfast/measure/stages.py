@@ -91,7 +91,7 @@ class Timer:
         self.runtime, self.batch_size, self.seconds = runtime, batch_size, seconds
         self.warm_up = eager_steps(runtime.world_size) + 3 if runtime.device.type == "cuda" else 2  # calls
 
-    def __call__(self, name: str, call: Callable[[], Any]) -> Stage:
+    def __call__(self, name: str, call: Callable[[], object]) -> Stage:
         """The stage called `name`; a call is one step's worth of it, on every process."""
         self.runtime.barrier()
         self.window(call, self.warm_up)  # compiles, fills queues, captures a step's CUDA graph
@@ -101,7 +101,7 @@ class Timer:
         rate, p25, p75 = (self.batch_size / one for one in (middle, high, low))
         return Stage(name, rate, p25, p75, middle)
 
-    def _calls(self, call: Callable[[], Any], seconds: float) -> int:
+    def _calls(self, call: Callable[[], object], seconds: float) -> int:
         """How many calls take about that long. A few alone would not tell: a loader has some batches ready."""
         calls = 1
         while True:
@@ -111,7 +111,7 @@ class Timer:
                 return max(1, round(calls * seconds / taken))
             calls *= 2
 
-    def window(self, call: Callable[[], Any], calls: int) -> float:
+    def window(self, call: Callable[[], object], calls: int) -> float:
         """Seconds that `calls` calls take, the device's work included."""
         self._wait()
         began = time.perf_counter()

@@ -83,7 +83,7 @@ class FrozenEnsemble:
         if compile:
             _let_all_compile()
             self.module.compile(dynamic=False)  # one graph for all K: their small kernels launch together
-        self._captured: CapturedForward | None = None
+        self._captured: CapturedForward[list[torch.Tensor]] | None = None
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         if self._captured is not None and images.shape == self._captured.shape:

@@ -70,20 +70,20 @@ class _Watch(TorchFunctionMode):
         self.readers: dict[int, list[_BatchNorm | None]] = {}  # None: something other than a BatchNorm
         self.norm: _BatchNorm | None = None  # the one that is running
 
-    def convolved(self, module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> None:
+    def convolved(self, module: nn.Conv2d, inputs: object, output: torch.Tensor) -> None:
         """Forward hook of a convolution."""
         self.runs[module] += 1
         self.outputs[id(output)] = (output, module)
         self.readers[id(output)] = []
 
-    def normalizing(self, module: _BatchNorm, inputs: Any) -> None:
+    def normalizing(self, module: _BatchNorm, inputs: tuple[object, ...]) -> None:
         """Forward pre-hook of a BatchNorm."""
         self.runs[module] += 1
         self.norm = module
         if inputs and id(inputs[0]) in self.readers:
             self.readers[id(inputs[0])].append(module)
 
-    def normalized(self, module: _BatchNorm, inputs: Any, output: Any) -> None:
+    def normalized(self, module: _BatchNorm, inputs: object, output: object) -> None:
         """Forward hook of a BatchNorm."""
         self.norm = None
 

@@ -63,7 +63,7 @@ class Choice:
         }
 
 
-def is_layout(content: Any) -> bool:
+def is_layout(content: object) -> bool:
     """Whether what a file holds is a Layout's fields."""
     if not isinstance(content, dict) or content.keys() != {"memory_format", "dtype", "compiled"}:
         return False
@@ -125,7 +125,7 @@ def _alternatives(default: Layout) -> Iterator[dict[str, Any]]:
         yield {"compiled": False}
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, the device's work included."""
     began = time.perf_counter()
     call()

@@ -136,7 +136,7 @@ class PickleCheck:
                     stack += [literal] * len(opcode.stack_after)
         raise UnreadableError(DAMAGED)
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def _call(self, function: object, arguments: object) -> Any:
         self._calls += 1
         if self._calls > MOST_CALLS:
             raise UnreadableError(LARGE)
@@ -198,7 +198,7 @@ class PickleCheck:
             raise UnreadableError(CLAIMS)
 
 
-def _check_keys(keys: list[Any]) -> None:
+def _check_keys(keys: list[object]) -> None:
     """Refuses tuples of tuples as keys: the hash of one goes through each as often as it can be reached."""
     if any(isinstance(key, tuple) and any(isinstance(item, (tuple, list)) for item in key) for key in keys):
         raise UnreadableError(LARGE)

@@ -127,7 +127,7 @@ def _check_pickles(file: BinaryIO, allowed: Collection[str]) -> None:
         raise UnreadableError(CLAIMS)
 
 
-def _check_elements(content: Any) -> None:
+def _check_elements(content: object) -> None:
     """Refuses containers that hold one another so often that whoever goes through them does not come to an end."""
     left, todo = MOST_ELEMENTS, [content]
     while todo:

@@ -170,7 +170,7 @@ def check(state: dict[str, Any], what: str) -> None:
         raise UsageError(f"{what}: is damaged (its periods)")
 
 
-def _are_periods(periods: Any) -> bool:
+def _are_periods(periods: object) -> bool:
     if not isinstance(periods, list) or not periods:
         return False
     if not all(isinstance(one, list) and len(one) == 3 and all(type(n) is int for n in one) for one in periods):
