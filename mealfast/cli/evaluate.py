@@ -19,6 +19,7 @@ from mealfast.cli.view_options import (
     check_positive,
     check_view_options,
     eval_views,
+    share_size,
     size_notes,
 )
 from mealfast.errors import UsageError
@@ -112,6 +113,7 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         say(note)
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
+    share_size(loaded)
     views = [eval_views(options, model) for model in loaded]
     for note in size_notes(options, loaded) if runtime.is_main else ():
         say(note)

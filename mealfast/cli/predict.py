@@ -69,13 +69,13 @@ def predict_command(argv: list[str]) -> int:
     from mealfast.machine import processes as runtimes
     from mealfast.models import normalised as models
 
+    runtime = runtimes.start(options.device)
+    model = models.build(options.model, options.size)
     if models.is_random(options.model):
         raise UsageError(
             f"model spec {options.model!r}: has no weights; give a tag or a checkpoint, for instance "
             f"{options.model}@FILE"
         )
-    runtime = runtimes.start(options.device)
-    model = models.build(options.model, options.size)
     views = eval_views(options, model)
     models.probe(model, options.model, views.size)
     names = _names(options.class_map, model)

@@ -79,6 +79,13 @@ def eval_views(options: argparse.Namespace, model: NormalizedModel) -> EvalViews
     )
 
 
+def share_size(models: Sequence[NormalizedModel]) -> None:
+    """Where all files that say a size say the same one, it is that of the other models too: they are compared."""
+    sizes = {model.trained_size for model in models} - {None}
+    for model in models if len(sizes) == 1 else ():
+        model.trained_size = next(iter(sizes))
+
+
 def size_notes(options: argparse.Namespace, models: Sequence[NormalizedModel]) -> list[str]:
     """A line where a model's file, and no option, decided a size that is not the paper's."""
     sizes = sorted({model.trained_size for model in models if model.trained_size})

@@ -27,7 +27,7 @@ _NOT_IN_SPECS = frozenset(
 def check_names(spec: ModelSpec) -> None:
     """Raises UsageError where timm knows no such architecture, tag or argument."""
     if not timm.is_model(spec.architecture):
-        if _is_folder(spec.text):
+        if not spec.source and _is_folder(spec.text):
             raise UsageError(f"model spec {quoted(spec.text)}: is a folder that holds no model; name a run directory")
         close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"

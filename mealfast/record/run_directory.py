@@ -79,7 +79,7 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
         if name not in stored or stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{what} with {flag} {_typed(stored.get(name))}, not {words(value)}: "
+                f"{what} with {flag} {_typed(stored.get(name))}, not {words(value) or 'none'}: "
                 "use the same options or another --run-dir"
             )
 
