@@ -113,9 +113,10 @@ def _read(folders: Sequence[str], known: Named | None, first: Named, outputs: in
         return _numbered(numbers, names, outputs, root)
     if known is not None and names is not None:
         other = [folder for folder in folders if folder not in set(names)]
+        hint = f" (?num_classes={len(folders)} gives a student new ones)" if len(folders) != outputs else ""
         raise UsageError(
             f"{root}: class folder {said(other)} is none of the {counted(outputs, 'class')} of {known.what}: "
-            f"{said(names)}"
+            f"{said(names)}{hint}"
         )
     if len(folders) != outputs:
         raise UsageError(

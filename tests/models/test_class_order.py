@@ -112,7 +112,10 @@ def test_every_order_of_known_names_is_brought_into_the_students():
 
 def test_folders_that_a_model_does_not_know_are_refused():
     said = refusal([teacher(("ant", "bee", "cat"))], 3, ("ant", "b\x1b[2Jee"), ROOT)
-    assert said == ("DIR: class folder b\\x1b[2Jee is none of the 3 classes of --teachers t: ant, bee, cat")
+    assert said == (
+        "DIR: class folder b\\x1b[2Jee is none of the 3 classes of --teachers t: ant, bee, cat "
+        "(?num_classes=2 gives a student new ones)"
+    )
     assert "has 2 class folders, --teachers t has 3 outputs: they must agree" in refusal(
         [teacher()], 3, ("ant", "bee"), ROOT
     )
