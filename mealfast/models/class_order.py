@@ -65,8 +65,8 @@ def agree(
             for one in models
         ]
     known = [one for one in models if one.classes is not None]
-    for other in known[1:]:
-        _refuse_other_classes(known[0], other)
+    for one in known:
+        _check_known(one, known[0], models, outputs)
     tree = _read(folders, known[0] if known else None, models[0], outputs, root)
     if tree.classes is None:
         return Agreed(None, (None,) * len(models), {})
@@ -195,14 +195,18 @@ def _order(own: Names, names: Names) -> Order | None:
     return tuple(place[name] for name in names)
 
 
-def _refuse_other_classes(one: Named, other: Named) -> None:
-    ours, theirs = one.classes or (), other.classes or ()
+def _check_known(one: Named, first: Named, models: Sequence[Named], outputs: int) -> None:
+    """Raises UsageError where a model's classes are not those of the first that names its own."""
+    theirs, ours = one.classes or (), first.classes or ()
+    if len(theirs) != outputs:
+        other = next((model.what for model in models if model is not one), "the model")
+        raise UsageError(f"{one.what}: is of {counted(len(theirs), 'class')}, but {other} has {outputs:,}")
     if set(ours) == set(theirs):
         return
     only, lacks = ([name for name in a if name not in set(b)] for a, b in ((theirs, ours), (ours, theirs)))
     parts = [f"only it has {said(only)}"] if only else []
     parts += [f"it lacks {said(lacks)}"] if lacks else []
-    raise UsageError(f"{other.what}: its classes are not those of {one.what}: {'; '.join(parts)}")
+    raise UsageError(f"{one.what}: its classes are not those of {first.what}: {'; '.join(parts)}")
 
 
 def _check_class_map(path: str, names: Names, outputs: int) -> None:
