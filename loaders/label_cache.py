@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,13 @@ class LabelCache:
         self.header: CacheHeader = read_header(self.folder)
         self._records = {record.view: record for record in self.header.complete}
         self._held: dict[int, np.ndarray] = {}  # the views used last
+        self._ids: np.ndarray | None = None  # int32 [C]: what `targets` gives for each stored id; None: itself
         for view in self._records:
             self._check_size(view)
+
+    def renumber(self, ids: Sequence[int] | None) -> None:
+        """From now on `targets` gives `ids[i]` where i is stored; None: i."""
+        self._ids = None if ids is None else np.asarray(ids, np.int32)
 
     def refresh(self) -> None:
         """Takes up the views that have become complete since."""
@@ -73,7 +78,8 @@ class LabelCache:
         Raises DataError as `view` does.
         """
         found = self.view(view)[rows]
-        return found["ids"].astype(np.int32), found["probabilities"].astype(np.float32)
+        ids = found["ids"].astype(np.int32)
+        return ids if self._ids is None else self._ids[ids], found["probabilities"].astype(np.float32)
 
     def check(self, view: int) -> None:
         """Reads a view's file as `view` does, and forgets it. Raises DataError."""

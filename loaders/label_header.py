@@ -30,6 +30,7 @@ LARGEST_HEADER = 1 << 26  # bytes; 100,000 views take 20 MB
 LARGEST_DEPTH = 8  # of objects and lists within one another
 LARGEST_TEXT = 1 << 16  # characters
 LARGEST_K = 4096
+LONGEST_NAME = 1000  # characters of a class's
 _LIMITS = {"images": 1 << 40, "views": 1_000_000, "top_k": LARGEST_K, "classes": (1 << 31) - 1}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -58,6 +59,7 @@ class CacheHeader:
     made_with: dict[str, Any]  # batch_size, precision, loader, compiled; versions and device
     complete: tuple[CompleteView, ...] = ()  # ascending
     temperature: float = 1.0
+    class_names: tuple[str, ...] | None = None  # [C] of the classes that the ids number; None: not known
 
     @property
     def explicit(self) -> bool:
@@ -93,8 +95,12 @@ class CacheHeader:
     def to_json(self) -> dict[str, Any]:
         """The content of header.json."""
         fields = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "complete"
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("complete", "class_names")
         }
+        if self.class_names is not None:  # absent otherwise: the digest of a cache without names is what it was
+            fields["class_names"] = list(self.class_names)
         return {
             "format": FORMAT,
             "version": EXPLICIT_VERSION if self.explicit else VERSION,
@@ -135,6 +141,8 @@ def read_header(folder: Path) -> CacheHeader:
         content = json.loads(data)
     except (ValueError, RecursionError):
         raise DataError(f"{path}: is damaged (no JSON); copy or build the cache again") from None
+    # Not tamed: they are compared with the names of folders. Whoever prints one escapes it.
+    names = content.pop("class_names", None) if isinstance(content, dict) else None
     try:
         content = _tame(content, LARGEST_DEPTH)
     except ValueError as error:
@@ -150,7 +158,7 @@ def read_header(folder: Path) -> CacheHeader:
         order = reprlib.repr(content.get("byte_order"))
         raise DataError(f"{path}: byte order {order}; it must be 'little': build the cache again")
     try:
-        return _parsed(content)
+        return dataclasses.replace(_parsed(content), class_names=_class_names(names, content["classes"]))
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: is damaged ({reason}); copy or build the cache again") from None
@@ -173,6 +181,9 @@ def differences(stored: CacheHeader, wanted: CacheHeader) -> Iterator[tuple[str,
     for name in ("classes", "top_k", "temperature"):
         if (a := getattr(stored, name)) != (b := getattr(wanted, name)):
             yield name, a, b
+    for number, (a, b) in enumerate(zip(stored.class_names or (), wanted.class_names or (), strict=False)):
+        if a != b:  # where both know their names
+            yield "class_names", printable(f"{number} is {a}"), printable(f"{number} is {b}")
     ours, theirs = ([teacher["digest"] for teacher in header.teachers] for header in (stored, wanted))
     if ours != theirs:
         there, here = ([teacher["spec"] for teacher in header.teachers] for header in (stored, wanted))
@@ -241,6 +252,16 @@ def _parsed(content: dict[str, Any]) -> CacheHeader:
         if content[name] != own[name]:
             raise ValueError(f"{name} must be {own[name]}")
     return header
+
+
+def _class_names(names: Any, classes: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != classes or len(set(map(str, names))) != classes:
+        raise ValueError(f"class_names must be {classes} different names")
+    if not all(0 < len(_text(name)) <= LONGEST_NAME for name in names):
+        raise ValueError(f"class_names must be of at most {LONGEST_NAME} characters")
+    return tuple(names)
 
 
 def _check_plan(plan: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from .label_rows import gathered, name_of, present, record, row_files
 # Fields of a header that are not called as the option of `labels build` that sets them.
 _OPTIONS = {
     "images": "--data", "images_digest": "--data", "scale": "--crop-scale", "ratio": "--crop-ratio",
-    "classes": "--teachers", "precision": "--amp", "compiled": "--compile",
+    "classes": "--teachers", "class_names": "--class-map", "precision": "--amp", "compiled": "--compile",
 }  # fmt: skip
 _JOURNALS = "journal-*.txt"  # of views that mealfast once filled in place
 

@@ -38,6 +38,14 @@ class Recipe:
     data: str = option(
         "", "data", "folder with train/ and val/, each with one folder of images per class (required)", metavar="DIR"
     )
+    class_map: str = option(
+        "",
+        "data",
+        "for models and label caches that do not name their classes: a text file with a class name a line, in the "
+        "order of their outputs; or natural (timm's order of class folders) or byte (torchvision's) (default: found "
+        "out)",
+        metavar="FILE|natural|byte",
+    )
     size: int = option(224, "data", "side of the square crops, in pixels")
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0),

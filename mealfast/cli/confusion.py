@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
 
 from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_target
 from mealfast.loaders import Batch
 from mealfast.machine.files import printable, replacing
 from mealfast.machine.processes import Runtime
+from mealfast.models.class_names import Names, imagenet, readable
 
 _PAIRS = 10  # confused pairs that are listed
 _NAMED = 40  # classes whose names the figure's axes have room for
@@ -58,17 +58,11 @@ class Confusion:
         return {"classes": classes, "confused": pairs}
 
 
-def output_names(mapping: Mapping[str, int], classes: int) -> list[str]:
-    """A name for each of the model's outputs; `mapping` says which class folder is which output."""
-    names = [str(number) for number in range(classes)]
-    info = ImageNetInfo("imagenet-1k")
-    wnids = set(info.label_names())
-    for folder, number in mapping.items():
-        if classes == info.num_classes() and folder in wnids:
-            names[number] = f"{folder} {info.index_to_description(number).partition(',')[0]}"
-        else:
-            names[number] = folder
-    return names
+def output_names(names: Names | None, classes: int) -> list[str]:
+    """A name for each of the model's outputs, of which ImageNet's are wnids and words."""
+    if names is None or names != imagenet():
+        return readable(names, classes)
+    return [f"{wnid} {words}" for wnid, words in zip(names, readable(names, classes), strict=True)]
 
 
 def lines_of(name: str, row: Mapping[str, Any]) -> list[str]:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from mealfast.cli.options import Parser
 from mealfast.cli.view_options import (
+    CLASS_MAP,
     add_device_option,
     add_view_options,
     check_positive,
     check_view_options,
     eval_views,
+    share_size,
+    size_notes,
 )
 from mealfast.errors import UsageError
 from mealfast.machine.terminal import say
@@ -50,6 +53,7 @@ def make_parser() -> Parser:
         "--confusion", metavar="FILE",
         help="draw the confusion matrix of the model, or of the ensemble, into FILE (.png, .svg or .pdf)",
     )  # fmt: skip
+    add("--class-map", metavar="FILE|natural|byte", default="", help=CLASS_MAP)
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add_view_options(parser)
     machine = parser.add_argument_group("machine")
@@ -93,8 +97,10 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     from mealfast.cli.confusion import Confusion, draw, output_names
     from mealfast.loaders import eval_loader
     from mealfast.machine.precision import name_of, precision
-    from mealfast.method.data import label_map, scan_images
+    from mealfast.method.classes import absent, absent_note
+    from mealfast.method.data import scan_images
     from mealfast.models import normalised as models
+    from mealfast.models.class_order import agree
     from mealfast.models.ensemble import FrozenEnsemble
     from mealfast.models.layout import default_layout
     from mealfast.training.scoring import evaluate
@@ -107,12 +113,22 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         say(note)
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
+    share_size(loaded)
     views = [eval_views(options, model) for model in loaded]
+    for note in size_notes(options, loaded) if runtime.is_main else ():
+        say(note)
     for spec, model, view in zip(options.model, loaded, views, strict=True):
         models.probe(model, spec, view.size)
     num_classes = models.check_classes(options.model, loaded, option="--model")
-    mapping = label_map(index.classes, num_classes, index.root, f"--model {options.model[0]}")
-    index = index.relabel(mapping)
+    known = [models.named(f"--model {spec}", model) for spec, model in zip(options.model, loaded, strict=True)]
+    agreed = agree(known, num_classes, index.classes, index.root, options.class_map)
+    for model, outputs in zip(loaded, agreed.orders, strict=True):
+        model.take_order(outputs, agreed.names)
+    index = index.relabel(agreed.labels)
+    lacking = absent(index, agreed.names or ())
+    notes = [*agreed.notes, *([absent_note(index.root, lacking, num_classes)] if lacking else [])]
+    for note in notes if runtime.is_main else ():
+        say(note)
 
     # One loader a kind of view: models that see the same views share one, and one decoding.
     kinds = list(dict.fromkeys(views))
@@ -146,9 +162,11 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         for loader in loaders:
             loader.close()
     result = _to_json(found, options.model, index)
+    if lacking:
+        result["absent_classes"] = lacking
     if confusion is not None:
         counts = confusion.counts(runtime)  # on every process
-        names = output_names(mapping, num_classes)
+        names = output_names(agreed.names, num_classes)
         rows = [*result["models"], *([result["ensemble"]] if "ensemble" in result else [])]
         for row, matrix in zip(rows, counts, strict=True):
             row |= confusion.describe(matrix, names)

@@ -13,7 +13,7 @@ from mealfast.recipe import Recipe, make_recipe
 
 # What `build` takes of a recipe: the teachers and all that decides what they see.
 _FIELDS = (
-    "teachers", "data", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader",
+    "teachers", "data", "class_map", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader",
     "loader_threads", "loader_timeout", "device", "amp", "compile", "cuda_graphs", "tune_teachers", "seed",
 )  # fmt: skip
 

@@ -31,6 +31,9 @@ def make_parser() -> Parser:
         metavar="SPEC",
         help="model specs of the teachers (default: those in the cache's header)",
     )
+    add(
+        "--class-map", metavar="FILE", help="as in `mealfast labels build`, for teachers that do not name their classes"
+    )
     add("--sample", type=int, default=4, metavar="N", help="number of batches to compute anew (default: 4)")
     add("--loader", choices=("dali", "pillow"), help="what decodes the images (default: the one that made the cache)")
     add("--loader-threads", type=int, metavar="N", help="decoding threads (default: one for each core)")
@@ -75,6 +78,7 @@ def verify_command(argv: list[str]) -> int:
                 "loader": options.loader or header.made_with.get("loader"),
                 "loader_threads": options.loader_threads,
                 "loader_timeout": options.loader_timeout,
+                "class_map": options.class_map or "",
                 "device": options.device,
                 "amp": options.amp or _PRECISIONS.get(str(header.made_with.get("precision")), "off"),
                 "compile": header.made_with.get("compiled") is True,

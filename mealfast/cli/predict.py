@@ -19,6 +19,7 @@ from mealfast.cli.view_options import (
     check_positive,
     check_view_options,
     eval_views,
+    size_notes,
 )
 from mealfast.errors import UsageError
 from mealfast.machine.files import printable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from mealfast.loaders import EvalViews
+    from mealfast.models.normalised import NormalizedModel
 
 BATCH = 32  # images that go through the model at once
 _LARGEST = 1 << 26  # pixels of a resized image: a strip of 1 x 5,000 would become a gigabyte
@@ -41,8 +43,7 @@ def make_parser() -> Parser:
         prog="mealfast predict",
         usage="mealfast predict MODEL FILE [FILE ...] [OPTIONS]",
         description="Prints the most probable classes of images, with their probabilities. MODEL is a model spec, for "
-        "instance resnet50@runs/resnet50-224/student.safetensors. By default images are cropped as the paper "
-        "evaluates.",
+        "instance runs/resnet50-224, a run directory. By default images are cropped as the paper evaluates.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="model spec")
@@ -50,8 +51,8 @@ def make_parser() -> Parser:
     add("--top", type=int, default=5, metavar="K", help="number of classes to print (default: 5)")
     add(
         "--class-map", metavar="FILE",
-        help="text file with one class name per line, in the order of the model's outputs (default: ImageNet's names "
-        "for a model with 1000 classes, numbers otherwise)",
+        help="text file with one class name per line, in the order of the model's outputs (default: those that its "
+        "file has, ImageNet's for a model with 1000 classes, numbers otherwise)",
     )  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add_view_options(parser)
@@ -68,16 +69,18 @@ def predict_command(argv: list[str]) -> int:
     from mealfast.machine import processes as runtimes
     from mealfast.models import normalised as models
 
+    runtime = runtimes.start(options.device)
+    model = models.build(options.model, options.size)
     if models.is_random(options.model):
         raise UsageError(
             f"model spec {options.model!r}: has no weights; give a tag or a checkpoint, for instance "
             f"{options.model}@FILE"
         )
-    runtime = runtimes.start(options.device)
-    model = models.build(options.model, options.size)
     views = eval_views(options, model)
     models.probe(model, options.model, views.size)
-    names = _names(options.class_map, model.num_classes)
+    names = _names(options.class_map, model)
+    for note in size_notes(options, [model]):
+        say(note)
     model.to(runtime.device).eval()
     found: list[dict[str, Any]] = []
     for files, outcomes in _in_batches(options.files, views):
@@ -153,26 +156,19 @@ def _in_batches(files: Sequence[str], views: EvalViews) -> Iterator[tuple[list[s
         yield batch, [outcome(file) for file in batch]
 
 
-def _names(class_map: str | None, classes: int) -> list[str]:
+def _names(class_map: str | None, model: NormalizedModel) -> list[str]:
     """A name for every output of the model. Raises UsageError for a file of another number of names."""
-    from timm.data import ImageNetInfo
+    from mealfast.models.class_names import imagenet, read_class_map, readable
 
-    if class_map is not None:
-        try:
-            names = [line.strip() for line in Path(class_map).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UsageError(f"--class-map {class_map}: cannot be read ({reason})") from error
-        names = [name for name in names if name]
-        if len(names) != classes:
-            raise UsageError(
-                f"--class-map {class_map}: holds {counted(len(names), 'name')}, the model has {classes} classes"
-            )
-        return names
-    info = ImageNetInfo("imagenet-1k")
-    if classes == info.num_classes():
-        return [info.index_to_description(number).partition(",")[0] for number in range(classes)]
-    return [str(number) for number in range(classes)]
+    classes = model.num_classes
+    if class_map is None:
+        return readable(model.classes or (imagenet() if classes == len(imagenet()) else None), classes)
+    names = read_class_map(class_map)
+    if len(names) != classes:
+        raise UsageError(
+            f"--class-map {class_map}: holds {counted(len(names), 'name')}, the model has {classes} classes"
+        )
+    return list(names)
 
 
 def _text(file: str, classes: Sequence[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mealfast.errors import UsageError
@@ -12,12 +13,21 @@ if TYPE_CHECKING:  # both import torch: not for --help
     from mealfast.models.normalised import NormalizedModel
 
 PAPER_SIZE = 224  # pixels
+CLASS_MAP = (
+    "for models that do not name their classes: a text file with a class name a line, in the order of their outputs; "
+    "or natural (timm's order of class folders) or byte (torchvision's) (default: found out)"
+)
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
     """Adds --size, --crop-pct, --interpolation and --own-views."""
     add = parser.add_argument_group("views").add_argument
-    add("--size", type=int, metavar="N", help=f"side of the crop, in pixels (default: {PAPER_SIZE})")
+    add(
+        "--size",
+        type=int,
+        metavar="N",
+        help=f"side of the crop, in pixels (default: what the model's file says, or {PAPER_SIZE})",
+    )
     add(
         "--crop-pct", type=float, metavar="P",
         help="resize the shorter side to size / P before the crop (default: to int(256 / 224 * size))",
@@ -63,5 +73,22 @@ def eval_views(options: argparse.Namespace, model: NormalizedModel) -> EvalViews
     if interpolation not in ("bilinear", "bicubic"):
         interpolation = "bicubic"  # timm's "random" means either
     return EvalViews.from_crop_pct(
-        options.size or own.get("size", PAPER_SIZE), options.crop_pct or own.get("crop_pct"), interpolation
+        options.size or model.trained_size or own.get("size", PAPER_SIZE),
+        options.crop_pct or own.get("crop_pct"),
+        interpolation,
     )
+
+
+def share_size(models: Sequence[NormalizedModel]) -> None:
+    """Where all files that say a size say the same one, it is that of the other models too: they are compared."""
+    sizes = {model.trained_size for model in models} - {None}
+    for model in models if len(sizes) == 1 else ():
+        model.trained_size = next(iter(sizes))
+
+
+def size_notes(options: argparse.Namespace, models: Sequence[NormalizedModel]) -> list[str]:
+    """A line where a model's file, and no option, decided a size that is not the paper's."""
+    sizes = sorted({model.trained_size for model in models if model.trained_size})
+    if options.size or not sizes or sizes == [PAPER_SIZE]:
+        return []
+    return [f"note: at {' and '.join(map(str, sizes))} px, as the model's file says (--size: another)"]

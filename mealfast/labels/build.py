@@ -34,6 +34,7 @@ from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import say
 from mealfast.method.data import scan_images, view_plan
 from mealfast.models import tuning
+from mealfast.models.class_order import Named
 from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 from mealfast.record.console import Progress, size_text
@@ -50,7 +51,10 @@ def build(
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
     index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
-    models, described, classes = load_teachers(recipe, runtime)
+    stored = read_header(out) if (out / "header.json").is_file() else None
+    cache = None if stored is None else Named(f"--out {out}", stored.class_names)
+    models, described, classes = load_teachers(recipe, runtime, index, cache)
+    names = models[0].classes if cache is None else cache.classes
     if top_k > classes:
         raise UsageError(f"--top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer")
     plan = view_plan(recipe, index, cycle=views)
@@ -63,7 +67,7 @@ def build(
     )
     for report in reports if runtime.is_main else ():
         say(str(report))
-    teachers = LabelTeachers(ensemble, described, classes, compiled, {**earlier, **tuning.layouts(reports)})
+    teachers = LabelTeachers(ensemble, described, classes, compiled, {**earlier, **tuning.layouts(reports)}, names)
     header = cache_header(recipe, runtime, index, plan, teachers, views, top_k, batch_size)
     labeller = Labeller(recipe, runtime, index, plan, teachers, top_k, batch_size)
     with ExitStack() as stack:
@@ -137,6 +141,7 @@ def cache_header(
             "torch": torch.__version__,
             "timm": timm.__version__,
         },
+        class_names=teachers.class_names,
     )
 
 

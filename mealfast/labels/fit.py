@@ -67,10 +67,10 @@ def _check_teachers(cache: LabelCache, recipe: Recipe) -> None:
         raise UsageError(f"{what}: is of {len(cached)} teachers, not {len(recipe.teachers)}: leave --teachers out")
     for spec, teacher in zip(recipe.teachers, cached, strict=True):
         given, known = parse(spec), parse(teacher["spec"])
-        same = given.architecture == known.architecture
+        same = given.architecture == known.architecture or bool(given.source or known.source)
         if given.tag and known.tag:
             same = same and given.tag == known.tag
-        if same and given.checkpoint:
+        if same and (given.checkpoint or known.source):
             same = models.digest(models.build(given, recipe.size)) == teacher["digest"]
         if not same:
             raise UsageError(

@@ -18,6 +18,8 @@ from mealfast.loaders import ImageIndex, ViewPlan, label_loader
 from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import say
 from mealfast.models import normalised as models
+from mealfast.models.class_names import Names
+from mealfast.models.class_order import Named, agree
 from mealfast.models.ensemble import padded
 from mealfast.recipe import Recipe
 
@@ -36,18 +38,32 @@ class LabelTeachers:
     classes: int
     compiled: bool
     layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # as `tuning.layouts` gives them
+    class_names: Names | None = None  # of their outputs
 
 
 def load_teachers(
-    recipe: Recipe, runtime: Runtime
+    recipe: Recipe, runtime: Runtime, index: ImageIndex, cache: Named | None = None
 ) -> tuple[list[models.NormalizedModel], tuple[dict[str, str], ...], int]:
-    """The recipe's teachers on the CPU, as a header describes them, and their classes. Raises UsageError."""
+    """The recipe's teachers on the CPU, as a header describes them, and the number of their classes.
+
+    Their outputs are brought into the order of `cache`, the one that there is, or else of the first; one without names
+    is of teachers whose outputs were taken as they are. Raises UsageError.
+    """
     torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
     teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
     classes = models.check_classes(recipe.teachers, teachers)
     for spec, teacher in zip(recipe.teachers, teachers, strict=True):
         models.probe(teacher, spec, recipe.size)
     digests = [models.digest(teacher) for teacher in teachers]
+    if cache is None or cache.classes is not None:
+        # Other folders than classes may hold the images: targets need none.
+        folders = index.classes if len(index.classes) == classes else ()
+        known = [models.named(f"--teachers {spec}", one) for spec, one in zip(recipe.teachers, teachers, strict=True)]
+        agreed = agree([*([cache] if cache else []), *known], classes, folders, index.root, recipe.class_map)
+        for teacher, order in zip(teachers, agreed.orders[-len(teachers) :], strict=True):
+            teacher.take_order(order, agreed.names)
+        for note in agreed.notes if runtime.is_main else ():
+            say(note)
     models.check_distinct(recipe.teachers, digests)
     for note in models.random_notes(recipe.teachers) if runtime.is_main else ():
         say(note)

@@ -19,6 +19,7 @@ from mealfast.loaders import CacheHeader, ImageIndex, LabelCache
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.method.data import view_plan
+from mealfast.models.class_order import Named
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.models.layout import default_layout, is_layout
 from mealfast.recipe import Recipe
@@ -63,7 +64,7 @@ def recompute(
     """
     header, what = cache.header, f"label cache {cache.folder}"
     check_images(header, index, what)
-    models, described, classes = load_teachers(recipe, runtime)
+    models, described, classes = load_teachers(recipe, runtime, index, Named(what, header.class_names))
     for given, known in zip(described, header.teachers, strict=False):
         if given["digest"] != known["digest"]:
             raise UsageError(

@@ -129,9 +129,10 @@ class RecordingTargets:
 
     def __init__(
         self, recipe: Recipe, runtime: Runtime, teachers: LabelTeachers, index: ImageIndex, views: ViewPlan,
-        plan: WritePlan,
+        plan: WritePlan, reordered: bool = False,
     ) -> None:  # fmt: skip
         """Claims the cache, all processes together. `views` are those of `plan`: its seed, its number of views.
+        `reordered` says that a teacher's outputs are not in its own order.
 
         Raises UsageError or DataError: it is of other targets.
         """
@@ -147,7 +148,13 @@ class RecordingTargets:
             )
         folder, count = Path(recipe.label_cache), plan.views
         if holds_label_cache(folder, OPTION):  # which another program may have begun to extend
-            count = max(count, read_header(folder).views)
+            stored = read_header(folder)
+            count = max(count, stored.views)
+            if stored.class_names is None and reordered:
+                raise UsageError(
+                    f"{OPTION} {folder}: was begun by an earlier mealfast, with the teachers' outputs in another order "
+                    "than the student's; use another folder"
+                )
         rows = recipe.batch_size // runtime.world_size // recipe.accumulate  # that the teachers see at once
         self.header = cache_header(recipe, runtime, index, views, teachers, count, k, rows)
         self._labeller = Labeller(recipe, runtime, index, views, teachers, k, rows)

@@ -1,13 +1,10 @@
-"""The images a run learns from and is measured on, with labels as the student numbers its classes."""
+"""The images a run learns from and is measured on, and its views of them."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from timm.data import ImageNetInfo
 
 from mealfast.errors import UsageError
 from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
@@ -77,38 +74,3 @@ def view_plan(
         scale=recipe.crop_scale, ratio=recipe.crop_ratio, flip=recipe.flip, interpolation=recipe.interpolation,
         cycle=cycle,
     )  # fmt: skip
-
-
-def number_classes(splits: Splits, num_classes: int, *, labels_needed: bool, student: str) -> Splits:
-    """Labels as a model with `num_classes` outputs numbers them; see `label_map`. Raises UsageError."""
-    mapping = label_map(splits.val.classes, num_classes, splits.val.root.parent, student)
-    if labels_needed and (splits.train.labels < 0).any():
-        raise UsageError(
-            f"{splits.train.root}: holds images outside class folders, but --hard-label-weight needs labels"
-        )
-    return Splits(splits.train.relabel(mapping), splits.val.relabel(mapping))
-
-
-def label_map(classes: tuple[str, ...], num_classes: int, root: Path, model: str) -> dict[str, int]:
-    """Class folder -> output of the model: ImageNet-1k's number for wnids and 1000 outputs, else alphabetical order."""
-    imagenet = {wnid: label for label, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
-    if num_classes == len(imagenet) and all(name in imagenet for name in classes):
-        return {name: imagenet[name] for name in classes}
-    if len(classes) != num_classes:
-        raise UsageError(
-            f"{root}: has {len(classes)} class folders, {model} has {num_classes} outputs: they must agree "
-            f"(?num_classes={len(classes)} in the spec), or the folders be named by ImageNet wnids"
-        )
-    return {name: label for label, name in enumerate(sorted(classes))}
-
-
-def class_names(splits: Splits, num_classes: int) -> list[str]:
-    """A readable name for every output of the model, for pictures."""
-    mapping = label_map(splits.val.classes, num_classes, splits.val.root.parent, "the student")
-    info = ImageNetInfo("imagenet-1k")
-    names = np.array([str(number) for number in range(num_classes)], dtype=object)
-    if num_classes == info.num_classes() and set(mapping) <= set(info.label_names()):
-        return [info.index_to_description(number).split(",")[0] for number in range(num_classes)]
-    for name, number in mapping.items():
-        names[number] = name
-    return list(names)

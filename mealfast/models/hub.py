@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from mealfast.errors import UsageError
+from mealfast.machine.files import brief, reason
 from mealfast.models.spec import ModelSpec
 
 
@@ -26,6 +29,33 @@ def local_weights(spec: ModelSpec, config: Any) -> dict[str, Any]:
         if isinstance(path, str):
             return {"pretrained_cfg_overlay": {"file": path}}
     raise no_weights(spec, "the network cannot be reached")
+
+
+def files(spec: ModelSpec, config: str, weights: Sequence[str]) -> tuple[Path, Path]:
+    """`config` and the first of `weights` of the repository that `hf-hub:ORG/NAME[@REVISION]` names, downloaded or from
+    the cache of the hub's client. Raises UsageError where they are not to be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, revision = spec.checkpoint.partition("@")
+    what, cached_only = f"model spec '{brief(spec.text)}'", not _hub_answers()
+
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=cached_only))
+
+    try:
+        found = get(config)
+        for name in weights:
+            try:
+                return found, get(name)
+            except (EntryNotFoundError, LocalEntryNotFoundError):  # the other one may be there
+                continue
+    except Exception as error:  # of the client, urllib's and its own among them
+        why = "the network cannot be reached" if cached_only else reason(error)
+        raise UsageError(
+            f"{what}: could not be downloaded ({why}): run where there is a network, or give local-dir:DIR"
+        ) from error
+    raise UsageError(f"{what}: holds none of {', '.join(weights)}")
 
 
 def _hub_answers() -> bool:

@@ -5,10 +5,8 @@ Shape legend: B images, H and W pixels, C classes.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -16,18 +14,14 @@ import torch
 from torch import nn
 
 from mealfast.errors import UsageError
-from mealfast.machine.files import brief, reason
+from mealfast.machine.files import reason
 from mealfast.machine.precision import has_amx, precision
-from mealfast.models import hub, weights
+from mealfast.models import sources, weights
+from mealfast.models.class_names import Names, imagenet
+from mealfast.models.class_order import Named, Order
+from mealfast.models.create import check_names, create, quoted
+from mealfast.models.description import Description
 from mealfast.models.spec import ModelSpec, parse
-
-# Arguments of timm.create_model that a spec has other words for, or that make something else than such a model.
-_NOT_IN_SPECS = frozenset(
-    {
-        "cache_dir", "checkpoint_path", "features_only", "in_chans", "pretrained", "pretrained_cfg",
-        "pretrained_cfg_overlay",
-    }
-)  # fmt: skip
 
 
 class NormalizedModel(nn.Module):
@@ -39,12 +33,19 @@ class NormalizedModel(nn.Module):
 
     scale: torch.Tensor  # [1, 3, 1, 1]: 1 / (255 std)
     shift: torch.Tensor  # [1, 3, 1, 1]: -mean / std
+    order: torch.Tensor | None  # int64 [C]: the model's output that becomes each output here; None: as they are
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> None:
         """`mean` and `std` are of pixels in [0, 1], one a channel."""
         super().__init__()
         self.model = model
         self.size = size  # pixels a side that it was built for
+        self.classes: Names | None = None  # name of each output; None: not known
+        self.new_outputs = False  # random ones, which stand for no class yet
+        self.trained_size: int | None = None  # pixels a side, where its file says so
+        self.architecture, self.kwargs = "", dict[str, Any]()  # what timm.create_model made it of
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.register_buffer("order", None, persistent=False)
         # Not in the state dict: a checkpoint of the model is timm's, key for key.
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer(
@@ -53,7 +54,20 @@ class NormalizedModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.permute(0, 3, 1, 2).to(self.scale.dtype)
-        return self.model(x * self.scale + self.shift)
+        logits: torch.Tensor = self.model(x * self.scale + self.shift)
+        # Of the logits and not of the classifier's rows: exact for every architecture, and the weights stay the file's.
+        return logits if self.order is None else logits.index_select(1, self.order)
+
+    def take_order(self, order: Order | None, names: Names | None) -> None:
+        """From now on output i is what the model's own output `order[i]` is (None: its output i), named `names[i]`."""
+        self.order = None if order is None else torch.tensor(order, device=self.scale.device)
+        self.classes = names
+
+    def description(self, size: int, teachers: Sequence[Mapping[str, str]] = ()) -> Description:
+        """Of the model as it is, trained at `size` pixels by `teachers`, for its file to say."""
+        return Description(
+            self.architecture, self.kwargs, self.mean, self.std, size, self.classes, tuple(map(dict, teachers))
+        )
 
     @property
     def num_classes(self) -> int:
@@ -68,15 +82,46 @@ def build(spec: str | ModelSpec, size: int | None = None) -> NormalizedModel:
     UsageError where the architecture, tag, keyword arguments or weights are wrong or cannot be had.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
-    _check_names(spec)
-    state = weights.read(spec.checkpoint) if spec.checkpoint else None
-    model = _create(spec, state, size)
+    if not spec.source:
+        check_names(spec)
+    source = sources.find(spec)
+    spec, state, described = source.spec, source.state, source.description
+    check_names(spec)
+    model, kwargs = create(spec, state, size)
     if state is not None:
         weights.load(model, state, spec)
     config = timm.data.resolve_model_data_config(model)
     if config["input_size"][0] != 3:
-        raise UsageError(f"model spec {_quoted(spec.text)}: takes {config['input_size'][0]} channels; images have 3")
-    return NormalizedModel(model, config["mean"], config["std"], size or config["input_size"][-1])
+        raise UsageError(f"model spec {quoted(spec.text)}: takes {config['input_size'][0]} channels; images have 3")
+    mean, std = (described.mean, described.std) if described else (config["mean"], config["std"])
+    own_size = described.size if described else None
+    normalised = NormalizedModel(model, mean, std, size or own_size or config["input_size"][-1])
+    normalised.trained_size = own_size
+    normalised.architecture, normalised.kwargs = spec.architecture, kwargs
+    _name_outputs(normalised, spec, state is not None, described)
+    return normalised
+
+
+def _name_outputs(model: NormalizedModel, spec: ModelSpec, loaded: bool, described: Description | None) -> None:
+    """What is known of the classes: what the file says; ImageNet's for timm's weights of it."""
+    outputs = model.num_classes
+    model.kwargs["num_classes"] = outputs  # said, since timm's default moves with the tag
+    pretrained = timm.models.get_pretrained_cfg(spec.timm_name) if spec.tag else None
+    model.new_outputs = not loaded and (pretrained is None or pretrained.num_classes != outputs)
+    if described is not None and described.classes is not None:
+        if len(described.classes) != outputs:
+            raise UsageError(
+                f"model spec {quoted(spec.text)}: has {outputs} outputs, but its file names {len(described.classes)} "
+                "classes"
+            )
+        model.classes = described.classes
+    elif pretrained is not None and outputs == len(imagenet()) and spec.tag.endswith("in1k") and not model.new_outputs:
+        model.classes = imagenet()
+
+
+def named(what: str, model: NormalizedModel) -> Named:
+    """A model as `class_names.agree` takes it; `what` is how a line calls it."""
+    return Named(what, model.classes, model.new_outputs)
 
 
 def evaluation_config(model: NormalizedModel) -> dict[str, Any]:
@@ -165,15 +210,15 @@ def probe(model: NormalizedModel, spec: str, size: int) -> None:
         others = {own, parse(spec).kwargs.get("img_size", own)} - {size}
         if any(isinstance(other, int) and _takes(model, other) for other in others):
             raise UsageError(
-                f"model spec {_quoted(spec)} cannot take {size} x {size} pixels: {reason(error)}; change --size"
+                f"model spec {quoted(spec)} cannot take {size} x {size} pixels: {reason(error)}; change --size"
             ) from error
-        raise UsageError(f"model spec {_quoted(spec)}: the model does not run: {reason(error)}") from error
+        raise UsageError(f"model spec {quoted(spec)}: the model does not run: {reason(error)}") from error
     finally:
         model.train(training)
     if logits.ndim != 2 or logits.shape[1] != model.num_classes:
-        raise UsageError(f"model spec {_quoted(spec)} is no classifier: its output has shape {list(logits.shape)}")
+        raise UsageError(f"model spec {quoted(spec)} is no classifier: its output has shape {list(logits.shape)}")
     if not torch.isfinite(logits).all():
-        raise UsageError(f"model spec {_quoted(spec)} gives non-finite logits: its weights are damaged")
+        raise UsageError(f"model spec {quoted(spec)} gives non-finite logits: its weights are damaged")
 
 
 def _of_grey(model: NormalizedModel, size: int) -> torch.Tensor:
@@ -188,56 +233,3 @@ def _takes(model: NormalizedModel, size: int) -> bool:
     except Exception:
         return False
     return True
-
-
-def _check_names(spec: ModelSpec) -> None:
-    if not timm.is_model(spec.architecture):
-        if _is_file(spec.text):
-            raise UsageError(
-                f"model spec {_quoted(spec.text)}: is a file; say of which architecture: NAME@{brief(spec.text)}"
-            )
-        close = difflib.get_close_matches(spec.architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UsageError(
-            f"model spec {_quoted(spec.text)}: timm has no architecture '{brief(spec.architecture, 60)}'; {hint}"
-        )
-    for key in sorted(_NOT_IN_SPECS & set(spec.kwargs)):
-        raise UsageError(
-            f"model spec {_quoted(spec.text)}: {key} cannot be set; weights are NAME.TAG or NAME@FILE, images have 3 "
-            "channels"
-        )
-    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{spec.architecture}.*")]
-    if spec.tag and spec.tag not in tags:
-        known = ", ".join(tags) or "none"
-        raise UsageError(
-            f"model spec {_quoted(spec.text)}: no tag '{brief(spec.tag, 60)}'; timm's for {spec.architecture}: {known}"
-        )
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).expanduser().is_file()
-    except (OSError, RuntimeError):  # too long; a home of nobody
-        return False
-
-
-def _create(spec: ModelSpec, state: dict[str, torch.Tensor] | None, size: int | None) -> nn.Module:
-    kwargs = dict(spec.kwargs)
-    if state is not None and "num_classes" not in kwargs:
-        kwargs.update(weights.num_classes(spec, state))
-    config = timm.models.get_pretrained_cfg(spec.timm_name)
-    if size is not None and config is not None and config.fixed_input_size and "img_size" not in kwargs:
-        kwargs["img_size"] = size
-    pretrained = bool(spec.tag) and state is None
-    if pretrained:
-        kwargs.update(hub.local_weights(spec, config))
-    try:
-        return timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs)
-    except Exception as error:  # an argument that a constructor does not expect can raise anything
-        if isinstance(error, OSError):  # of the hub's client, urllib's among them
-            raise hub.no_weights(spec, reason(error)) from error
-        raise UsageError(f"model spec {_quoted(spec.text)}: timm cannot build it: {reason(error)}") from error
-
-
-def _quoted(text: str) -> str:
-    return f"'{brief(text)}'"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from mealfast.errors import UsageError
 from mealfast.machine.files import brief, replacing
+from mealfast.models.description import KEY, Description
 from mealfast.models.spec import ModelSpec
 from mealfast.models.torch_files import torch_load, why_unreadable
 
@@ -28,12 +31,26 @@ def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Never runs code from the file, and takes no more memory than the file is worth. Raises UsageError where it is
     missing, damaged or something else, and for tensors that are not plain (sparse, quantised, without values).
     """
+    return read_described(path)[0]
+
+
+def read_described(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], Description | None]:
+    """`read`, and what the file says of itself, as mealfast's do. Raises UsageError, also where that is damaged."""
     path = Path(path)
     what = f"checkpoint {brief(str(path))}"
+    described: object = None
+    content: Any
     try:
         if not path.is_file():
             raise UsageError(f"{what}: no such file")
-        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch_load(path)
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                described = (file.metadata() or {}).get(KEY)
+        else:
+            content = torch_load(path)
+            if isinstance(content, dict) and str(content.get("format")).startswith("mealfast-checkpoint"):
+                described = content.get("model")
     except UsageError:
         raise
     except OSError as error:
@@ -52,7 +69,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     for key, tensor in content.items():
         if kind := _not_plain(tensor):
             raise UsageError(f"{what}: {brief(key)} is a {kind} tensor; save plain ones")
-    return _without_shared_prefix(clean_state_dict(content))
+    return _without_shared_prefix(clean_state_dict(content)), _description(described, what)
+
+
+def _description(content: object, what: str) -> Description | None:
+    if content is None:
+        return None
+    try:
+        return Description.loads(content) if isinstance(content, str) else Description.of(content)
+    except ValueError as error:
+        raise UsageError(f"{what}: what it says of itself is damaged ({error}); copy it again") from error
 
 
 def _not_plain(tensor: torch.Tensor) -> str:
@@ -123,10 +149,27 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def save(model: nn.Module, path: Path) -> None:
-    """A model's weights under timm's keys in a safetensors file, atomically. Raises OSError."""
+def save(model: nn.Module, path: Path, description: Description | None = None) -> None:
+    """A model's weights under timm's keys in a safetensors file that says what they are, atomically. Raises OSError.
+
+    Equal weights and descriptions are equal files.
+    """
     state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
+    metadata = {"format": "pt"} | ({} if description is None else {KEY: description.dumps()})
+    # In memory first: what safetensors raises of a full disk is no OSError.
+    content = _ordered(safetensors.torch.save(state, metadata=metadata))
     with replacing(path) as temporary:
-        # No more metadata than this: several keys would be written in random order; equal weights are equal files.
-        # In memory first: what safetensors raises of a full disk is no OSError.
-        temporary.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+        temporary.write_bytes(content)
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes several keys of them in random order.
+
+    Eight bytes of length, that much JSON, then the tensors, whose places count from there; the JSON may end in spaces.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

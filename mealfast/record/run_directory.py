@@ -66,6 +66,7 @@ class RunDirectory:
 
 def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> None:
     """Raises UsageError that names the first option in which a stored recipe differs, if it decides the result."""
+    stored = {"class_map": "", **stored}  # which older runs had not
     epochs = stored.get("epochs")
     if isinstance(epochs, int) and recipe.epochs < epochs:
         raise UsageError(
@@ -78,7 +79,7 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
         if name not in stored or stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{what} with {flag} {_typed(stored.get(name))}, not {words(value)}: "
+                f"{what} with {flag} {_typed(stored.get(name))}, not {words(value) or 'none'}: "
                 "use the same options or another --run-dir"
             )
 

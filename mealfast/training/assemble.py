@@ -18,13 +18,16 @@ from mealfast.labels.write_through import write_plan
 from mealfast.machine.precision import precision
 from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import is_terminal
-from mealfast.method.data import Splits, number_classes, scan_splits, view_plan
+from mealfast.method.classes import absent_notes, number_classes
+from mealfast.method.data import Splits, scan_splits, view_plan
 from mealfast.method.student import Student
 from mealfast.models import normalised as models
+from mealfast.models.class_order import Agreed
 from mealfast.models.tuning import prepare
 from mealfast.recipe import Recipe
 from mealfast.record.run_directory import RunDirectory
 from mealfast.training import resume
+from mealfast.training.classes import agree_on_classes
 from mealfast.training.job import Job
 from mealfast.training.meter import Meter
 from mealfast.training.optimiser import Optimiser
@@ -48,8 +51,8 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
         found = scan_splits(
             recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and is_terminal(sys.stderr)
         )
-    job, loaded = _assemble(recipe, runtime, found)
     checkpoint = resume.find(recipe, directory)
+    job, loaded = _assemble(recipe, runtime, found, checkpoint)
     if checkpoint is None:
         return _with_teachers(job, loaded, {}), Where(), []
     job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
@@ -57,19 +60,22 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
     return _with_teachers(job, loaded, checkpoint.layouts), where, notes
 
 
-def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, list[models.NormalizedModel]]:
-    """The job as it is for a new run, and its teachers as loaded: they are none of it yet."""
+def _assemble(
+    recipe: Recipe, runtime: Runtime, found: Splits, checkpoint: resume.Found | None
+) -> tuple[Job, list[models.NormalizedModel]]:
+    """The job as it is for a new run but for its classes, and its teachers as loaded: they are none of it yet."""
     writing = write_plan(recipe, runtime)
     label_cache = None if writing else open_label_cache(recipe)
     live_teachers = recipe.teachers if writing else recipe.live_teachers
     _check_cuda_graphs(recipe, runtime, writing is not None)
     torch.manual_seed(recipe.seed)  # of random weights
     model, teachers, digests = _models(recipe, live_teachers)
+    agreed = agree_on_classes(recipe, found, model, teachers, label_cache, checkpoint)
     compiled = runtime.device.type == "cuda" if recipe.compile is None else recipe.compile
     student = Student(recipe, runtime, model, compile=compiled)
     # From here on random numbers are each process's own (dropout, drop path).
     torch.manual_seed(recipe.seed + 1 + runtime.rank)
-    data, calendar = _images(recipe, found, student.num_classes)
+    data, calendar = _images(recipe, found, agreed)
     seed, cycle = (writing.seed, writing.views) if writing else (None, None)
     views = view_plan(recipe, data.train, label_cache, seed=seed, cycle=cycle)
     if label_cache is not None:
@@ -78,6 +84,8 @@ def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, lis
         recipe=recipe,
         runtime=runtime,
         data=data,
+        class_orders=agreed.orders,
+        class_notes=(*agreed.notes, *absent_notes(data, agreed.names or ())),
         calendar=calendar,
         views=views,
         student=student,
@@ -108,11 +116,9 @@ def _models(
     return student, teachers, digests
 
 
-def _images(recipe: Recipe, found: Splits, classes: int) -> tuple[Splits, Calendar]:
+def _images(recipe: Recipe, found: Splits, agreed: Agreed) -> tuple[Splits, Calendar]:
     """The images as the student numbers their classes, and what they make of an epoch."""
-    data = number_classes(
-        found, classes, labels_needed=recipe.hard_label_weight > 0, student=f"--student {recipe.student}"
-    )
+    data = number_classes(found, agreed, labels_needed=recipe.hard_label_weight > 0)
     calendar = Calendar.of(recipe, len(data.train))
     if calendar.steps_per_epoch == 0:
         raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")

@@ -76,7 +76,7 @@ def finish(
     problems = []
     if outputs.checkpoints:
         problems += [outputs.checkpoints.failure] if outputs.checkpoints.failure else []
-        problems += _refused(directory.student, partial(weights.save, job.student.model))
+        problems += _refused(directory.student, _student_writer(job))
     summary["replayed_images_per_second"] = replay()
     if job.runtime.is_main:
         stored = report.stored_summary(directory.summary)
@@ -95,6 +95,10 @@ def finish(
         again = "; the same command goes on from here"
     outputs.say(f"{done}{again}: {directory.student}")
     return summary
+
+
+def _student_writer(job: Job) -> Callable[[Path], None]:
+    return partial(weights.save, job.student.model, description=report.description(job))
 
 
 def _refused(path: Path, write: Callable[[Path], None]) -> list[str]:

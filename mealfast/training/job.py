@@ -12,6 +12,7 @@ from mealfast.method.data import Splits
 from mealfast.method.inputs import CutMix, MakeInputs, unmixed
 from mealfast.method.student import Student
 from mealfast.method.targets import GivenTargets, LiveTargets, TargetSource
+from mealfast.models.class_order import Order
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.models.tuning import TeacherReport
 from mealfast.recipe import Recipe
@@ -29,6 +30,8 @@ class Job:
     runtime: Runtime
     data: Splits  # labels as the student numbers them
     calendar: Calendar
+    class_orders: tuple[Order | None, ...]  # of teachers' and cache's outputs, in which the student's are
+    class_notes: tuple[str, ...]  # for the user
     views: ViewPlan  # of the training images
     student: Student
     optimiser: Optimiser

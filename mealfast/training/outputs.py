@@ -126,6 +126,8 @@ def recording_targets(job: Job) -> RecordingTargets | None:
         return None
     layouts = tuning.layouts(job.reports)
     teachers = LabelTeachers(
-        job.teachers, described(job.live_teachers, job.teacher_digests), job.student.num_classes, job.compiled, layouts
-    )
-    return RecordingTargets(job.recipe, job.runtime, teachers, job.data.train, job.views, job.writing)
+        job.teachers, described(job.live_teachers, job.teacher_digests), job.student.num_classes, job.compiled, layouts,
+        job.student.normalised.classes,
+    )  # fmt: skip
+    reordered = any(order is not None for order in job.class_orders)
+    return RecordingTargets(job.recipe, job.runtime, teachers, job.data.train, job.views, job.writing, reordered)

@@ -11,6 +11,8 @@ from mealfast.loaders import LabelCache
 from mealfast.machine import processes as runtimes
 from mealfast.machine.wording import counted
 from mealfast.models import normalised as models
+from mealfast.models.description import Description
+from mealfast.models.spec import without_folders
 from mealfast.recipe import Recipe
 from mealfast.training.job import Job
 
@@ -25,12 +27,23 @@ def identity(job: Job) -> dict[str, Any]:
     }
 
 
+def description(job: Job) -> Description:
+    """What the student's file says of it: the same wherever images, teachers and cache lie."""
+    if job.label_cache is not None:
+        given = [(teacher["spec"], teacher["digest"]) for teacher in job.label_cache.header.teachers]
+    else:
+        given = list(zip(job.live_teachers, job.teacher_digests, strict=True))
+    teachers = [{"spec": without_folders(spec), "digest": digest} for spec, digest in given]
+    return job.student.normalised.description(job.recipe.size, teachers)
+
+
 def config(job: Job) -> dict[str, Any]:
     """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
     same = identity(job)
     return {
         "mealfast": mealfast.__version__,
         "recipe": job.recipe.to_json(),
+        "model": description(job).to_json(),
         "processes": job.runtime.world_size,
         "device": job.runtime.device.type,
         "precision": job.student.precision,
@@ -57,7 +70,7 @@ def stored_summary(path: Path) -> dict[str, Any]:
 def introduction(job: Job) -> list[str]:
     """The log's first lines: notes first, then what is trained on what, then how each teacher runs."""
     recipe, data = job.recipe, job.data
-    lines = models.random_notes((recipe.student, *job.live_teachers))
+    lines = [*models.random_notes((recipe.student, *job.live_teachers)), *job.class_notes]
     lines += [
         f"note: {counted(len(index.quarantined), 'file')} below {index.root} cannot be read: see mealfast index "
         f"{index.root}"

@@ -13,6 +13,9 @@ from mealfast.errors import UsageError
 from mealfast.machine.files import reason
 from mealfast.machine.processes import Runtime
 from mealfast.models import tuning
+from mealfast.models.class_names import Names
+from mealfast.models.class_order import Order
+from mealfast.models.description import Description
 from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 from mealfast.record import checkpoint
@@ -41,6 +44,16 @@ class Found:
         found: dict[str, Any] = self.state.get("layouts", {})
         return found
 
+    @property
+    def classes(self) -> Names | None:
+        """The student's; None: of a mealfast that kept none."""
+        return Description.of(self.state["model"]).classes if "model" in self.state else None
+
+    @property
+    def orders(self) -> tuple[Order | None, ...]:
+        """Of the outputs of teachers and cache, as `Job.class_orders`; empty: of a mealfast that knew none."""
+        return tuple(None if order is None else tuple(order) for order in self.state.get("class_orders", ()))
+
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -54,6 +67,8 @@ def content(job: Job, where: Where) -> dict[str, Any]:
         "scores": where.scores.to_json(),
         "bad_in_a_row": where.bad_in_a_row,
         "layouts": tuning.layouts(job.reports),
+        "model": report.description(job).to_json(),
+        "class_orders": [None if order is None else list(order) for order in job.class_orders],
     }
 
 
@@ -166,6 +181,14 @@ def check(state: dict[str, Any], what: str) -> None:
         raise UsageError(f"{what}: is damaged (its teachers' layouts)")
     if type(state.get("bad_in_a_row", 0)) is not int:
         raise UsageError(f"{what}: is damaged (its count of bad steps)")
+    if "model" in state:
+        try:
+            Description.of(state["model"])
+        except ValueError as error:
+            raise UsageError(f"{what}: is damaged (what it says of its model: {error})") from error
+    orders = state.get("class_orders", [])
+    if not isinstance(orders, list) or not all(order is None or isinstance(order, list) for order in orders):
+        raise UsageError(f"{what}: is damaged (its order of classes)")
     if not _are_periods(state.get("periods", [[0, 1, 0]])):
         raise UsageError(f"{what}: is damaged (its periods)")
 

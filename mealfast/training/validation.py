@@ -12,7 +12,7 @@ import torch
 
 from mealfast.kernels import ensemble_target
 from mealfast.loaders import Batch, EvalViews, eval_loader
-from mealfast.method.data import class_names
+from mealfast.models.class_names import readable
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.record.metrics import Picture
 from mealfast.training.job import Job
@@ -95,7 +95,7 @@ class Validation:
         return found
 
     def _names(self) -> list[str]:
-        return class_names(self._job.data, self._job.student.num_classes)
+        return readable(self._job.student.normalised.classes, self._job.student.num_classes)
 
 
 class _Pictures:

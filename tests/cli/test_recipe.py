@@ -113,7 +113,8 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
 # One value a field that is not its default, as typed and as it must arrive.
 TYPED = {
     "teachers": ("resnet34 resnet26", ("resnet34", "resnet26")), "student": ("resnet10t", "resnet10t"),
-    "data": ("some/folder", "some/folder"), "size": ("96", 96), "crop_scale": ("0.2 0.9", (0.2, 0.9)),
+    "data": ("some/folder", "some/folder"), "class_map": ("natural", "natural"),
+    "size": ("96", 96), "crop_scale": ("0.2 0.9", (0.2, 0.9)),
     "crop_ratio": ("0.5 2", (0.5, 2.0)), "flip": ("0.25", 0.25), "interpolation": ("bicubic", "bicubic"),
     "eval_crop_pct": ("0.95", 0.95), "eval_interpolation": ("bicubic", "bicubic"), "loader": ("pillow", "pillow"),
     "loader_threads": ("3", 3), "discriminator": ("adversarial", "adversarial"), "discriminator_lr": ("1e-4", 1e-4),
@@ -169,6 +170,7 @@ LATER = {
     "discriminator": "cooperative", "discriminator_lr": "the student's", "label_cache": "none",
     "label_cache_views": "as many as --epochs", "label_cache_top_k": "10", "max_steps": "no limit",
     "compile": "on GPUs only", "cuda_graphs": "ensemble on GPUs", "run_dir": "runs/RECIPE",
+    "class_map": "found out",
 }  # fmt: skip
 REQUIRED = {"student", "data"}
 

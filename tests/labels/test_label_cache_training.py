@@ -223,9 +223,10 @@ def test_other_images_are_refused(cached, tree, tmp_path):
 def test_other_classes_are_refused(cached, cache, tmp_path):
     other = shutil.copytree(cache, tmp_path / "cache")
     header = json.loads((other / "header.json").read_text())
-    (other / "header.json").write_text(json.dumps({**header, "classes": 4}))
-    with pytest.raises(UsageError, match=r"is of 4 classes, but --student .* has 3"):
-        train(make_recipe(**{**cached, "label_cache": str(other)}))
+    for names in ({"class_names": ["ant", "bee", "cat", "dog"]}, {"class_names": None}):
+        (other / "header.json").write_text(json.dumps({**header, "classes": 4, **names}))
+        with pytest.raises(UsageError, match=r"is of 4 classes, but --student .* has 3"):
+            train(make_recipe(**{**cached, "label_cache": str(other)}))
 
 
 def test_incomplete_and_damaged_caches_are_refused(cached, cache, tmp_path):

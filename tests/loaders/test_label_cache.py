@@ -559,3 +559,54 @@ def test_the_digest_is_that_of_the_targets():
         header, teachers=tuple({**teacher, "spec": "elsewhere"} for teacher in header.teachers), made_with={}
     )
     assert moved.digest == header.digest != make_header(top_k=5).digest
+
+
+# -- names of classes -------------------------------------------------------------------------------------------------
+
+
+def test_names_of_classes_are_kept_and_change_nothing_of_caches_without(tmp_path):
+    assert "class_names" not in make_header().to_json()
+    # What mealfast gave before there were names; runs on such caches go on.
+    assert make_header().digest == "e06a5bbb595f52e393fea4306698bfc6018b9d834586fab80615aa8c0645a1a0"
+    names = ("B\x1b[2J", "\udce9", *(f"class {n}" for n in range(C - 2)))  # whatever bytes a folder is called
+    header = make_header(class_names=names)
+    assert header.digest != make_header().digest
+    with claim_label_cache(tmp_path / "cache", header):
+        pass
+    assert LabelCache(tmp_path / "cache").header == header
+    with claim_label_cache(tmp_path / "cache", make_header()):  # of a mealfast that knows none
+        pass
+    assert LabelCache(tmp_path / "cache").header.class_names == names
+    with (
+        pytest.raises(DataError, match=r"--class-map \(class_names 0 is B\\x1b\[2J there, 0 is x here\)"),
+        claim_label_cache(tmp_path / "cache", make_header(class_names=("x", *names[1:]))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "names", [["a"] * C, ["a"], "a" * C, [*map(str, range(C - 1)), 3], [*map(str, range(C - 1)), "x" * 1001], {"a": 1}]
+)
+def test_names_that_are_no_names_are_refused(tmp_path, names):
+    with claim_label_cache(tmp_path / "cache", make_header()):
+        pass
+    path = tmp_path / "cache" / "header.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": names}))
+    with pytest.raises(DataError, match=r"header\.json: is damaged \(.*; copy or build the cache again"):
+        LabelCache(tmp_path / "cache")
+
+
+def test_targets_can_be_renumbered(tmp_path):
+    header = make_header(views=1)
+    with claim_label_cache(tmp_path / "cache", header):
+        writer = LabelWriter(tmp_path / "cache")
+        add(writer, 0, np.arange(N))
+        writer.complete(0)
+        writer.close()
+    cache, order = LabelCache(tmp_path / "cache"), np.random.default_rng(0).permutation(C)
+    ids, p = cache.targets(0, np.arange(N))
+    cache.renumber(order.tolist())
+    found, q = cache.targets(0, np.arange(N))
+    assert np.array_equal(found, order[ids])
+    assert found.dtype == np.int32
+    assert np.array_equal(p, q)

@@ -215,7 +215,8 @@ def test_code_does_not_run_through_timms_own_arguments_either(state, tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
     assert refusal(f"{NAME}@{tmp_path / 'none.pth'}") == f"checkpoint {tmp_path / 'none.pth'}: no such file"
-    assert refusal(f"{NAME}@{tmp_path}") == f"checkpoint {tmp_path}: no such file"
+    folder = refusal(f"{NAME}@{tmp_path}")
+    assert folder.startswith(f"checkpoint {tmp_path}: is a folder without student.safetensors; name one")
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
