@@ -13,7 +13,7 @@ from mealfast.recipe import Recipe, make_recipe
 
 # What `build` takes of a recipe: the teachers and all that decides what they see.
 _FIELDS = (
-    "teachers", "data", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader",
+    "teachers", "data", "val", "val_share", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader",
     "loader_threads", "loader_timeout", "device", "amp", "compile", "cuda_graphs", "tune_teachers", "seed",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def make_parser() -> Parser:
     )
     helps = {
         "teachers": "model specs of the ensemble (required, unless --recipe names them)",
-        "data": "folder of images, or one that holds them as train/ (required)",
+        "data": "folder of images, or one that holds them as train/, as for `mealfast train` (required)",
     }
     add_recipe_options(parser, _FIELDS, helps)
     return parser

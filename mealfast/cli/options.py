@@ -11,7 +11,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mealfast.recipe import RECIPES, Recipe, make_recipe
+from mealfast.recipe import RECIPES, Recipe, make_recipe, option_fields
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ def add_recipe_options(
     )
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
+    for field in option_fields():
         if only is not None and field.name not in only:
             continue
         title = field.metadata["group"]
@@ -74,7 +74,7 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Recipe` that the parsed options name."""
     return {
         field.name: tuple(value) if isinstance(value, list) else value
-        for field in dataclasses.fields(Recipe)
+        for field in option_fields()
         if (value := getattr(arguments, field.name, None)) is not None
     }
 

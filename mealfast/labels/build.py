@@ -49,7 +49,7 @@ def build(
     `recipe` gives images, teachers and views (its student is not looked at), `batch_size` is each process's. Returns
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
-    index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
+    index = scan_images(recipe.data, "train", runtime, recipe.loader_threads, val=recipe.val, share=recipe.val_share)
     models, described, classes = load_teachers(recipe, runtime)
     if top_k > classes:
         raise UsageError(f"--top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer")

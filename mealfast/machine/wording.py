@@ -7,4 +7,5 @@ def counted(number: int, noun: str) -> str:
     """ "1 image", "1,200 images", "2 classes", "0 bytes"; `noun` is the singular of a regular one."""
     if number == 1:
         return f"1 {noun}"
-    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'sh', 'ch', 'x')) else 's'}"
+    hisses = noun.endswith(("s", "sh", "ch", "x")) and noun != "epoch"
+    return f"{number:,} {noun}{'es' if hisses else 's'}"

@@ -24,7 +24,7 @@ from mealfast.models import normalised as models
 from mealfast.models.tuning import prepare
 from mealfast.recipe import Recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training import resume
+from mealfast.training import fit, resume
 from mealfast.training.job import Job
 from mealfast.training.meter import Meter
 from mealfast.training.optimiser import Optimiser
@@ -39,22 +39,24 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
     Writes nothing. Raises UsageError or DataError for what the user can mend.
     """
     precision(recipe.amp, runtime.device)  # refused before anything is read
-    if recipe.batch_size % (runtime.world_size * recipe.accumulate):
-        raise UsageError(
-            f"--batch-size {recipe.batch_size}: must be a multiple of processes x --accumulate = "
-            f"{runtime.world_size} x {recipe.accumulate}"
-        )
+    if "batch_size" not in recipe.left_open:
+        fit.check_batch(recipe.batch_size, runtime.world_size, recipe.accumulate)
     with runtime.main_first():  # the others find the index that the main process has stored
         found = scan_splits(
-            recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and is_terminal(sys.stderr)
-        )
-    job, loaded = _assemble(recipe, runtime, found)
+            recipe.data, recipe.val, recipe.val_share, workers=recipe.loader_threads,
+            progress=runtime.is_main and is_terminal(sys.stderr),
+        )  # fmt: skip
     checkpoint = resume.find(recipe, directory)
+    if checkpoint is not None:
+        recipe = fit.adopt(recipe, checkpoint.recipe_fields(recipe.left_open))
+    recipe, chosen = fit.fit(recipe, runtime.world_size, len(found.train), found.train.root)
+    said = [*found.notes, *chosen]
+    job, loaded = _assemble(recipe, runtime, found)
     if checkpoint is None:
-        return _with_teachers(job, loaded, {}), Where(), []
+        return _with_teachers(job, loaded, {}), Where(), said
     job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
     where, notes = resume.take_up(checkpoint, job)
-    return _with_teachers(job, loaded, checkpoint.layouts), where, notes
+    return _with_teachers(job, loaded, checkpoint.layouts), where, [*said, *notes]
 
 
 def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, list[models.NormalizedModel]]:
@@ -113,10 +115,7 @@ def _images(recipe: Recipe, found: Splits, classes: int) -> tuple[Splits, Calend
     data = number_classes(
         found, classes, labels_needed=recipe.hard_label_weight > 0, student=f"--student {recipe.student}"
     )
-    calendar = Calendar.of(recipe, len(data.train))
-    if calendar.steps_per_epoch == 0:
-        raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
-    return data, calendar
+    return data, Calendar.of(recipe, len(data.train))
 
 
 def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapping[str, Any]) -> Job:

@@ -183,8 +183,15 @@ class Loop:
         self.outputs.progress.advance()
         if due:
             self.write_line(means, *self.clock.close_window(job.recipe.batch_size))
+        else:
+            self.outputs.progress.line_if_silent(self.title)
         if job.calendar.logs(steps):  # what is logged out of turn, at the end, a resumed run logs again in its turn
             job.meter.clear()
+
+    @property
+    def title(self) -> str:
+        """Of a line about the step that was taken last."""
+        return f"epoch {self.job.calendar.epoch(self.where.step - 1) + 1}/{self.job.recipe.epochs}"
 
     def read_guard(self) -> None:
         """Learns which steps were skipped; waits for the device."""
@@ -206,7 +213,7 @@ class Loop:
         speed = {"lr": self.job.optimiser.lr, "images_per_second": rate, "data_wait_fraction": waiting}
         self.outputs.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
-        self.outputs.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
+        self.outputs.progress.line(self.title, shown, rate)
 
     def watch_discriminator(self, loss: float | None) -> None:
         """Warns where two logged means in a row sit at ln 2 (None: every step was skipped)."""

@@ -160,7 +160,6 @@ def test_weights_of_another_architecture(capfd, good, weights):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda root: shutil.rmtree(root / "val"), "has no val/"),
         (lambda root: shutil.rmtree(root / "train"), "has no train/"),
         (lambda root: [path.unlink() for path in (root / "train").rglob("*.jpg")], "train"),
         (lambda root: shutil.copytree(root / "val" / "ant", root / "val" / "dog"), "dog"),
@@ -171,7 +170,7 @@ def test_weights_of_another_architecture(capfd, good, weights):
         ),
         (lambda root: [path.write_bytes(b"no image") for path in (root / "train").rglob("*.jpg")], "train"),
     ],
-    ids=["no val", "no train", "empty train", "a class of val only", "no class folder", "four classes", "no images"],
+    ids=["no train", "empty train", "a class of val only", "no class folder", "four classes", "no images"],
 )
 def test_bad_data(capfd, good, tree, tmp_path, change, named):
     root = shutil.copytree(tree, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
