@@ -31,6 +31,7 @@ import timm
 import torch
 from _images import make_images
 from _record import _output, record, write
+from _specs import bare, measured
 from baseline import Baseline
 from label_cache import random_cache
 from timm_style import TimmStyle
@@ -127,7 +128,7 @@ def measure_size(
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
         "size": size, "batch": args.batch, "precision": name_of(precision(args.amp, runtime.device)),
-        "student": recipe.student, "teachers": list(recipe.teachers), "cuda_graphs": args.cuda_graphs,
+        "student": bare(recipe.student), "teachers": list(map(bare, recipe.teachers)), "cuda_graphs": args.cuda_graphs,
         "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
@@ -153,7 +154,7 @@ def measure_size(
         for stage in stages.measure(job, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
             rate = round(stage.images_per_second, 1)
-            yield record(f"stage: {stage.name}", images_per_second=rate, spread=spread, **facts)
+            yield record(f"stage: {bare(stage.name)}", images_per_second=rate, spread=spread, **facts)
     del job
     for batch in args.sweep:
         free(runtime)
@@ -187,8 +188,8 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
         data=str(data),
         size=size,
         batch_size=batch,
-        student=args.student or parse_spec(named["student"]).architecture,
-        teachers=tuple(args.teachers or untagged),
+        student=measured(args.student or parse_spec(named["student"]).architecture),
+        teachers=tuple(map(measured, args.teachers or untagged)),
         run_dir=str(scratch / "run"),
         resume="never",
         device=args.device,
@@ -205,15 +206,16 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
 
 def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
     made = Baseline(
-        data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device, args.workers
-    )
+        data / "train", bare(recipe.student), list(map(bare, recipe.teachers)), recipe.size, recipe.batch_size,
+        runtime.device, args.workers,
+    )  # fmt: skip
     drain = repeat(made.next_batch, 2 * args.workers)
     return Contender("baseline", made.step, drain, made.close, settle=1.0, precision="float32")
 
 
 def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
     made = TimmStyle(
-        data / "train", recipe.student, recipe.teachers[0], recipe.size, recipe.batch_size, runtime.device,
+        data / "train", bare(recipe.student), bare(recipe.teachers[0]), recipe.size, recipe.batch_size, runtime.device,
         args.workers, precision(args.amp, runtime.device),
     )  # fmt: skip
     return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)

@@ -21,7 +21,6 @@ from mealfast.cli.view_options import (
     eval_views,
 )
 from mealfast.errors import UsageError
-from mealfast.machine.terminal import say
 from mealfast.machine.wording import counted
 
 if TYPE_CHECKING:  # torch and timm take seconds to import: not for --help and typing errors
@@ -103,14 +102,14 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     from mealfast.models import normalised as models
     from mealfast.models.ensemble import FrozenEnsemble
     from mealfast.models.layout import default_layout
+    from mealfast.models.random_weights import require_weights
     from mealfast.training.scoring import evaluate
 
     layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
     index = scan_images(options.data, "val", runtime, options.loader_threads, share=options.val_share)
     if (index.labels < 0).any():
         raise UsageError(f"--data {options.data}: holds images outside class folders; put each in its class's folder")
-    for note in models.random_notes(options.model) if runtime.is_main else ():
-        say(note)
+    require_weights(options.model, "--model")
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
     views = [eval_views(options, model) for model in loaded]

@@ -16,9 +16,9 @@ import torch
 from mealfast.kernels import ensemble_topk
 from mealfast.loaders import ImageIndex, ViewPlan, label_loader
 from mealfast.machine.processes import Runtime
-from mealfast.machine.terminal import say
 from mealfast.models import normalised as models
 from mealfast.models.ensemble import padded
+from mealfast.models.random_weights import require_weights
 from mealfast.recipe import Recipe
 
 TOGETHER = 16  # batches that go to disk together: what a kill can lose
@@ -42,6 +42,7 @@ def load_teachers(
     recipe: Recipe, runtime: Runtime
 ) -> tuple[list[models.NormalizedModel], tuple[dict[str, str], ...], int]:
     """The recipe's teachers on the CPU, as a header describes them, and their classes. Raises UsageError."""
+    require_weights(recipe.teachers, "--teachers")
     torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
     teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
     classes = models.check_classes(recipe.teachers, teachers)
@@ -49,8 +50,6 @@ def load_teachers(
         models.probe(teacher, spec, recipe.size)
     digests = [models.digest(teacher) for teacher in teachers]
     models.check_distinct(recipe.teachers, digests)
-    for note in models.random_notes(recipe.teachers) if runtime.is_main else ():
-        say(note)
     return teachers, described(recipe.teachers, digests), classes
 
 

@@ -23,6 +23,7 @@ class ModelSpec:
     tag: str
     kwargs: dict[str, Any]
     checkpoint: str
+    random: bool = False  # ?weights=random: random weights are what is wanted
 
     @property
     def timm_name(self) -> str:
@@ -40,13 +41,18 @@ def parse(text: str) -> ModelSpec:
     architecture, _, tag = name.partition(".")
     if not architecture or text.endswith("@") or (has_kwargs and not query):
         raise UsageError(f"model spec '{brief(text)}': must be NAME[.TAG][?key=value&...][@CHECKPOINT]")
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:
             raise UsageError(f"model spec '{brief(text)}': '{brief(pair)}' must be key=value")
         kwargs[key] = _literal(value)
-    return ModelSpec(text, architecture, tag, kwargs, os.path.expanduser(checkpoint))
+    random = "weights" in kwargs
+    if random and (kwargs.pop("weights") != "random" or tag or checkpoint):
+        raise UsageError(
+            f"model spec '{brief(text)}': weights= can only be random, for a spec with neither a tag nor a checkpoint"
+        )
+    return ModelSpec(text, architecture, tag, kwargs, os.path.expanduser(checkpoint), random)
 
 
 def _literal(value: str) -> Any:

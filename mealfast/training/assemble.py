@@ -21,6 +21,7 @@ from mealfast.machine.terminal import is_terminal
 from mealfast.method.data import Splits, number_classes, scan_splits, view_plan
 from mealfast.method.student import Student
 from mealfast.models import normalised as models
+from mealfast.models.random_weights import require_weights
 from mealfast.models.tuning import prepare
 from mealfast.recipe import Recipe
 from mealfast.record.run_directory import RunDirectory
@@ -100,6 +101,9 @@ def _models(
     recipe: Recipe, live_teachers: tuple[str, ...]
 ) -> tuple[models.NormalizedModel, list[models.NormalizedModel], tuple[str, ...]]:
     """Student, teachers, and the teachers' digests; refused where they do not fit together."""
+    require_weights(live_teachers, "--teachers")
+    if recipe.distils:
+        require_weights([recipe.student], "--student")
     student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
     teachers = [models.build(spec, recipe.size) for spec in live_teachers]
     models.check_classes(live_teachers, teachers, (recipe.student, student.num_classes))
