@@ -201,8 +201,9 @@ class Recipe:
     resume: str = option(
         "auto",
         "run",
-        "auto continues the run that the run directory holds; never refuses to; PATH continues from that checkpoint",
-        metavar="auto|never|PATH",
+        "auto continues the run that the run directory holds; never refuses to; RUN, a run directory, continues that "
+        "run with its own options, which need not be given; FILE continues from that checkpoint",
+        metavar="auto|never|RUN|FILE",
     )
     stage_report: bool = option(
         False, "run", "measure each stage for a second before the first step, as `mealfast forecast` does"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mealfast.cli.labels_info import facts, text
-from mealfast.cli.options import Parser, add_recipe_options, given_fields
+from mealfast.cli.options import Parser, add_recipe_options, settings
 from mealfast.cli.view_options import check_positive
 from mealfast.errors import UsageError
 from mealfast.recipe import Recipe, make_recipe
@@ -52,7 +52,8 @@ def build_command(argv: list[str]) -> int:
         raise UsageError(f"--views {options.views}: must be at most 1,000,000")
     if options.top_k > 4096:
         raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
-    recipe = cache_recipe(options.recipe, given_fields(options))
+    name, values = settings(options)
+    recipe = cache_recipe(name, {field: value for field, value in values.items() if field in _FIELDS})
 
     from mealfast.labels.build import build
     from mealfast.machine import processes as runtimes  # torch and timm take seconds to import: not for --help
