@@ -46,13 +46,13 @@ def forecast_command(argv: list[str]) -> int:
 
     runtime = runtimes.start(recipe.device)
     try:
-        job, _, notes = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
+        job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
 
         def say(line: str) -> None:
             if runtime.is_main:
                 print(line, flush=True)
 
-        for line in [*notes, *report.introduction(job)]:
+        for line in report.introduction(job):
             say(line)
         made = forecast.forecast(job, options.seconds, say)
         for line in forecast.lines(job, made, options.gpus):

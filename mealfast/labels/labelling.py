@@ -15,7 +15,9 @@ import torch
 
 from mealfast.kernels import ensemble_topk
 from mealfast.loaders import ImageIndex, ViewPlan, label_loader
+from mealfast.machine.files import brief
 from mealfast.machine.processes import Runtime
+from mealfast.machine.waiting import waiting
 from mealfast.models import normalised as models
 from mealfast.models.ensemble import padded
 from mealfast.models.random_weights import require_weights
@@ -44,7 +46,10 @@ def load_teachers(
     """The recipe's teachers on the CPU, as a header describes them, and their classes. Raises UsageError."""
     require_weights(recipe.teachers, "--teachers")
     torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
-    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
+    teachers = []
+    for number, spec in enumerate(recipe.teachers, start=1):
+        with waiting(f"loading teacher {number} of {len(recipe.teachers)}: {brief(spec)}"):
+            teachers.append(models.build(spec, recipe.size))
     classes = models.check_classes(recipe.teachers, teachers)
     for spec, teacher in zip(recipe.teachers, teachers, strict=True):
         models.probe(teacher, spec, recipe.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
 from mealfast.machine.files import printable
 from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import is_terminal, say
+from mealfast.machine.waiting import waiting
 from mealfast.method import folders
 from mealfast.recipe import VAL_SHARE, Recipe
 
@@ -35,11 +37,13 @@ def scan_splits(
     training images lack (unlabelled ones, with no class folder, lack none).
     """
     where = folders.find(data, val)
-    train = ImageIndex.scan(where.train, workers=workers, progress=progress)
+    with _looking(where.train):
+        train = ImageIndex.scan(where.train, workers=workers, progress=progress)
     if where.val is None:
         train, held_out = folders.cut(train, share)
         return Splits(train, held_out, tuple(folders.cut_notes(train, held_out, share)))
-    held_out = ImageIndex.scan(where.val, classes=train.classes or None, workers=workers, progress=progress)
+    with _looking(where.val):
+        held_out = ImageIndex.scan(where.val, classes=train.classes or None, workers=workers, progress=progress)
     if (held_out.labels < 0).any():
         raise UsageError(
             f"{'--val ' + val if val else '--data ' + data}: {where.val.name}/ holds images outside class folders; put "
@@ -58,7 +62,7 @@ def scan_images(
     (None: the recipe's default) that is kept for validation. "val" with no `share` then means all of DATA: it may be a
     validation folder. Raises UsageError or DataError.
     """
-    with runtime.main_first():  # the others find the index that the main process has stored
+    with runtime.main_first(), _looking(data):  # the others find the index that the main process has stored
         index, notes = _scan_part(data, part, val, share, workers, runtime.is_main and is_terminal(sys.stderr))
     for line in notes if runtime.is_main else ():
         say(line)
@@ -80,16 +84,24 @@ def _scan_part(
     if where.val is not None:
         return ImageIndex.scan(getattr(where, part), workers=workers, progress=progress), []
     whole = ImageIndex.scan(where.train, workers=workers, progress=progress)
-    if part == "train" and (whole.labels < 0).all():
-        return whole, []
+    if part == "train" and ((whole.labels < 0).all() or _name(root) in folders.VAL):
+        return whole, []  # nothing to keep; a folder of validation images, which nobody trains on
     share = VAL_SHARE if share is None else share
     train, held_out = folders.cut(whole, share)
     return train if part == "train" else held_out, folders.cut_notes(train, held_out, share)
 
 
+def _looking(folder: str | Path) -> AbstractContextManager[None]:
+    return waiting(f"looking through {printable(str(folder))}", enabled=not is_terminal(sys.stderr))  # which has a bar
+
+
 def _might_be_trained_on(root: Path) -> bool:
     """Whether nothing says that a folder of class folders is one of validation images, or of training images."""
-    return Path(os.path.abspath(root)).name.lower() not in (*folders.TRAIN, *folders.VAL)
+    return _name(root) not in (*folders.TRAIN, *folders.VAL)
+
+
+def _name(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).name.lower()
 
 
 def view_plan(

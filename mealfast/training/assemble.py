@@ -15,9 +15,11 @@ import torch
 from mealfast.errors import UsageError
 from mealfast.labels.fit import check_fit, open_label_cache
 from mealfast.labels.write_through import write_plan
+from mealfast.machine.files import brief
 from mealfast.machine.precision import precision
 from mealfast.machine.processes import Runtime
-from mealfast.machine.terminal import is_terminal
+from mealfast.machine.terminal import is_terminal, say
+from mealfast.machine.waiting import waiting
 from mealfast.method.data import Splits, number_classes, scan_splits, view_plan
 from mealfast.method.student import Student
 from mealfast.models import normalised as models
@@ -51,13 +53,14 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
     if checkpoint is not None:
         recipe = fit.adopt(recipe, checkpoint.recipe_fields(recipe.left_open))
     recipe, chosen = fit.fit(recipe, runtime.world_size, len(found.train), found.train.root)
-    said = [*found.notes, *chosen]
+    for line in (*found.notes, *chosen) if runtime.is_main else ():
+        say(line)  # now: what comes next may take minutes
     job, loaded = _assemble(recipe, runtime, found)
     if checkpoint is None:
-        return _with_teachers(job, loaded, {}), Where(), said
+        return _with_teachers(job, loaded, {}), Where(), []
     job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
     where, notes = resume.take_up(checkpoint, job)
-    return _with_teachers(job, loaded, checkpoint.layouts), where, [*said, *notes]
+    return _with_teachers(job, loaded, checkpoint.layouts), where, notes
 
 
 def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, list[models.NormalizedModel]]:
@@ -104,8 +107,12 @@ def _models(
     require_weights(live_teachers, "--teachers")
     if recipe.distils:
         require_weights([recipe.student], "--student")
-    student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
-    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    with waiting(f"loading the student {brief(recipe.student)}"):
+        student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
+    teachers = []
+    for number, spec in enumerate(live_teachers, start=1):
+        with waiting(f"loading teacher {number} of {len(live_teachers)}: {brief(spec)}"):
+            teachers.append(models.build(spec, recipe.size))
     models.check_classes(live_teachers, teachers, (recipe.student, student.num_classes))
     digests = tuple(models.digest(teacher) for teacher in teachers)
     models.check_distinct(live_teachers, digests)
@@ -127,11 +134,12 @@ def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapp
     that the run which is resumed had."""
     if not loaded:
         return job
-    loader = job.loader(0, 1)
-    try:
-        images = next(iter(loader)).images.chunk(job.recipe.accumulate)[0]
-    finally:
-        loader.close()
+    with waiting("reading images to measure and check the teachers on"):
+        loader = job.loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(job.recipe.accumulate)[0]
+        finally:
+            loader.close()
     teachers, reports = prepare(
         job.recipe,
         job.runtime,
