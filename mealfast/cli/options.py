@@ -83,8 +83,11 @@ def settings(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]
     """The recipe's name (None: none) and the fields of `Recipe` that the parsed options name, the file of --config or
     the run of --resume below them. Raises UsageError."""
     given = given_fields(arguments)
-    run = given.get("resume", "")
-    if os.path.isdir(os.path.expanduser(run)) and run not in ("auto", "never"):
+    run = given.get("resume", "auto")
+    place = os.path.expanduser(run)
+    if run not in ("auto", "never") and not os.path.exists(place):
+        raise UsageError(f"--resume {run}: no such file or folder; name a run directory, or a checkpoint file")
+    if run not in ("auto", "never") and os.path.isdir(place):
         from mealfast.cli.config_file import of_run  # which imports torch
 
         for option in ("recipe", "config"):

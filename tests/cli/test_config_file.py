@@ -145,6 +145,8 @@ def test_what_a_run_does_not_take(stopped, more, says):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"^--resume runs/nowhere: no such file or folder"):
+        parsed("--resume", "runs/nowhere")
     with pytest.raises(UsageError, match=r"^--resume .*: holds no run \(no config.json\)"):
         parsed("--resume", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"recipe": [1]}))
