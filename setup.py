@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.4.3",  # the student that plain timm loads
         "tensorboard>=2.16",
         "tqdm>=4.66",  # progress bars
+        "tomli>=2; python_version < '3.11'",  # files of options; from 3.11 on Python has it
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],  # the digits, and the figure of the demo

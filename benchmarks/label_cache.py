@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from _images import make_images
 from _record import record, write
+from _specs import measured
 
 from mealfast.errors import UsageError
 from mealfast.loaders import (
@@ -120,7 +121,7 @@ class Student:
     def __init__(self, name: str, index: ImageIndex, plan: ViewPlan, cache: LabelCache, runtime, args) -> None:
         reads = name != "hard-labels"
         recipe = make_recipe(
-            data=str(index.root), student=f"{args.student}?num_classes={args.classes}", size=args.size,
+            data=str(index.root), student=measured(f"{args.student}?num_classes={args.classes}"), size=args.size,
             batch_size=args.batch_size, lr=1e-4, loader=args.loader, amp=args.amp, compile=args.compile,
             label_cache=str(cache.folder) if reads else "", **CHANGES[name],
         )  # fmt: skip

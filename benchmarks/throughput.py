@@ -35,6 +35,7 @@ import timm
 import torch
 from _images import make_images
 from _record import _output, record, write
+from _specs import bare, measured
 from baseline import Baseline
 from label_cache import random_cache
 from timm_style import TimmStyle
@@ -148,7 +149,7 @@ def measure_size(
     recipe = recipe_for(args, data, scratch, size, args.batch)
     facts = {
         "size": size, "batch": args.batch, "precision": name_of(precision(args.amp, runtime.device)),
-        "student": recipe.student, "teachers": list(recipe.teachers), "clocks": clocks(),
+        "student": bare(recipe.student), "teachers": list(map(bare, recipe.teachers)), "clocks": clocks(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
     job, _, _ = make_job(recipe, runtime, RunDirectory(recipe.run_dir))
@@ -174,7 +175,7 @@ def measure_size(
         for stage in stages.measure(job, args.seconds):
             spread = {"p25": round(stage.p25, 1), "p75": round(stage.p75, 1)}
             rate = round(stage.images_per_second, 1)
-            yield record(f"stage: {stage.name}", images_per_second=rate, spread=spread, **facts)
+            yield record(f"stage: {bare(stage.name)}", images_per_second=rate, spread=spread, **facts)
     del job
     for batch in args.sweep:
         if asked_to_end.is_set():
@@ -211,8 +212,8 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
         data=str(data),
         size=size,
         batch_size=batch,
-        student=args.student or parse_spec(named["student"]).architecture,
-        teachers=tuple(args.teachers or untagged),
+        student=measured(args.student or parse_spec(named["student"]).architecture),
+        teachers=tuple(map(measured, args.teachers or untagged)),
         run_dir=str(scratch / "run"),
         resume="never",
         device=args.device,
@@ -230,8 +231,9 @@ def recipe_for(args: argparse.Namespace, data: Path, scratch: Path, size: int, b
 
 def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
     made = Baseline(
-        data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device, args.workers
-    )
+        data / "train", bare(recipe.student), list(map(bare, recipe.teachers)), recipe.size, recipe.batch_size,
+        runtime.device, args.workers,
+    )  # fmt: skip
     drain = repeat(made.next_batch, 2 * args.workers)
     tf32 = runtime.device.type == "cuda" and torch.backends.cudnn.allow_tf32  # mealfast's setting, and this process's
     return Contender(
@@ -241,7 +243,8 @@ def baseline(args, runtime, recipe, job, data, scratch) -> Contender:
 
 def timm_style(args, runtime, recipe, job, data, scratch) -> Contender:
     made = TimmStyle(
-        data / "train", recipe.student, recipe.teachers, recipe.size, recipe.batch_size, runtime.device,
+        data / "train", bare(recipe.student), list(map(bare, recipe.teachers)), recipe.size, recipe.batch_size,
+        runtime.device,
         args.workers, precision(args.amp, runtime.device),
     )  # fmt: skip
     return Contender("timm-style", made.step, repeat(made.next_batch, 2 * args.workers), made.close, settle=1.0)

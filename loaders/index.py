@@ -139,6 +139,24 @@ class ImageIndex:
         by_label = sorted(name_to_label, key=name_to_label.__getitem__)
         return dataclasses.replace(self, classes=tuple(by_label), labels=table[self.labels])
 
+    def select(self, rows: np.ndarray) -> ImageIndex:
+        """The images of `rows` (integers [M], ascending) alone, with the same classes and labels.
+
+        Its digests are those of a tree that holds nothing else. The quarantined files stay with it.
+        """
+        names = [self._name(i) for i in rows.tolist()]
+        return dataclasses.replace(
+            self,
+            labels=self.labels[rows],
+            widths=self.widths[rows],
+            heights=self.heights[rows],
+            file_sizes=self.file_sizes[rows],
+            plain=self.plain[rows],
+            _names=b"".join(names),
+            _ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+            _packed=None if self._packed is None else self._packed.select(rows.tolist()),
+        )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of paths, file sizes, labels, widths and heights: the same wherever the tree lies."""

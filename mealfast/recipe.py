@@ -6,8 +6,12 @@ combinations are refused at construction, in one line that names the option to c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+import os
+import re
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mealfast.errors import UsageError, alternatives
@@ -20,6 +24,12 @@ TEACHERS_380 = ("tf_efficientnet_b4.ns_jft_in1k", "tf_efficientnet_b4.aa_in1k")
 def option(default: Any, group: str, help: str, **extra: Any) -> Any:
     """A dataclass field that carries what the command line needs to know of it."""
     return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+VAL_SHARE = 0.1  # of the images, where there is no validation folder
+
+# What is made to fit the number of images where neither a recipe nor an option says it; see `training/fit.py`.
+FITTED = ("batch_size", "epochs", "lr_decay_epochs", "log_every", "eval_every")
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,24 @@ class Recipe:
 
     # Data
     data: str = option(
-        "", "data", "folder with train/ and val/, each with one folder of images per class (required)", metavar="DIR"
+        "",
+        "data",
+        "folder with train/ and val/, each with one folder of images per class, or of the class folders alone "
+        "(required)",
+        metavar="DIR",
+    )
+    val: str = option(
+        "",
+        "data",
+        "folder of validation images, one folder per class (default: val, validation, valid or test beside train/, "
+        "else --val-share of the images)",
+        metavar="DIR",
+    )
+    val_share: float = option(
+        VAL_SHARE,
+        "data",
+        "share of the images to keep for validation, chosen by a hash of their names, where there is no folder of them",
+        metavar="S",
     )
     class_map: str = option(
         "",
@@ -113,8 +140,14 @@ class Recipe:
     )
 
     # Optimisation
-    epochs: int = option(180, "optimisation", "number of epochs")
-    batch_size: int = option(512, "optimisation", "images per step, over all processes together")
+    epochs: int = option(
+        180, "optimisation", "number of epochs; fewer for a small set, where neither this nor --recipe is given"
+    )
+    batch_size: int = option(
+        512,
+        "optimisation",
+        "images per step, over all processes together; fewer for a small set, where neither this nor --recipe is given",
+    )
     accumulate: int = option(
         1, "optimisation", "number of parts in which each process computes its share of a batch, to save memory"
     )
@@ -167,12 +200,18 @@ class Recipe:
 
     # Run
     seed: int = option(0, "run", "seed of the views, of CutMix and of random weights")
-    run_dir: str = option("", "run", "folder that the run writes into (default: runs/RECIPE)", metavar="DIR")
+    run_dir: str = option(
+        "",
+        "run",
+        "folder that the run writes into (default: runs/RECIPE, without a recipe runs/STUDENT-DATA-HASH)",
+        metavar="DIR",
+    )
     resume: str = option(
         "auto",
         "run",
-        "auto continues the run that the run directory holds; never refuses to; PATH continues from that checkpoint",
-        metavar="auto|never|PATH",
+        "auto continues the run that the run directory holds; never refuses to; RUN, a run directory, continues that "
+        "run with its own options, which need not be given; FILE continues from that checkpoint",
+        metavar="auto|never|RUN|FILE",
     )
     stage_report: bool = option(
         False, "run", "measure each stage for a second before the first step, as `mealfast forecast` does"
@@ -189,8 +228,10 @@ class Recipe:
         metavar="N",
     )
 
+    left_open: tuple[str, ...] = field(default=(), compare=False)  # of FITTED; no option
+
     def __post_init__(self) -> None:
-        for option_field in fields(self):
+        for option_field in option_fields():
             self._check_choice(option_field)
         for name in (
             "size", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep",
@@ -216,6 +257,7 @@ class Recipe:
         self._refuse(
             not (0 < low <= high and math.isfinite(high)), "crop_ratio", "must be two ratios with 0 < MIN <= MAX"
         )
+        self._refuse(not 0 < self.val_share < 1, "val_share", "must be more than 0 and less than 1")
         pct = self.eval_crop_pct
         self._refuse(pct is not None and not 0.1 <= pct <= 2, "eval_crop_pct", "must be between 0.1 and 2")
         self._refuse(any(e < 0 for e in self.lr_decay_epochs), "lr_decay_epochs", "must be 0 or more")
@@ -273,15 +315,22 @@ class Recipe:
         return bool(self.teachers or self.label_cache)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as JSON has it: tuples are lists."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Every option as JSON has it: tuples are lists."""
+        values = {name: value for name, value in asdict(self).items() if name != "left_open"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def option_fields() -> list[Field[Any]]:
+    """The fields of `Recipe` that are options, in their order."""
+    return [one for one in fields(Recipe) if one.metadata]
 
 
 # Fields that decide neither the weights nor the metrics, only how far a run goes, or what is due from now on: a resumed
 # run may change them (more --epochs, not fewer).
 RESUMABLE_FIELDS = frozenset(
     {
-        "data", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every", "keep",
+        "data", "val", "label_cache", "loader_threads", "max_steps", "device", "run_dir", "resume", "checkpoint_every",
+        "keep",
         "collective_timeout", "max_bad_steps",
         "cuda_graphs", "tune_teachers", "stage_report", "loader_timeout",
         "epochs", "log_every", "eval_every",
@@ -323,9 +372,31 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_recipe(name: str | None = None, **changes: Any) -> Recipe:
-    """The recipe called `name` (None: the defaults) with some fields changed. Raises UsageError."""
+    """The recipe called `name` (None: the defaults) with some fields changed; what of FITTED nothing sets is left open.
+
+    Its run directory is runs/NAME, and without a name one of its own (`own_name`). Raises UsageError.
+    """
     if name is not None and name not in RECIPES:
         raise UsageError(f"--recipe {name}: unknown; {alternatives(name, RECIPES)}")
     values = {**(RECIPES[name] if name else {}), **changes}
-    values["run_dir"] = values.get("run_dir") or f"runs/{name or 'custom'}"
-    return Recipe(**values)
+    if name is None:
+        values["left_open"] = tuple(one for one in FITTED if one not in changes)
+    recipe = Recipe(**values)
+    return recipe if recipe.run_dir else replace(recipe, run_dir=f"runs/{name or own_name(recipe)}")
+
+
+def own_name(recipe: Recipe) -> str:
+    """STUDENT-DATA-HASH: the same for the same command, so that it finds its run again; another where an option differs
+    that decides the result, or the data. Fields with their default values do not count: versions may add some."""
+    deciding = {
+        one.name: getattr(recipe, one.name)
+        for one in option_fields()
+        if one.name not in RESUMABLE_FIELDS
+        and (getattr(recipe, one.name) != one.default or (one.name in FITTED and one.name not in recipe.left_open))
+    }
+    places = {name: os.path.abspath(path) for name in ("data", "val", "label_cache") if (path := getattr(recipe, name))}
+    sha = hashlib.sha256(json.dumps([deciding, places], sort_keys=True).encode("utf-8", "surrogateescape"))
+    student = re.split("[?@]", recipe.student)[0].rstrip("/")
+    parts = [os.path.basename(one) for one in (student, os.path.abspath(recipe.data) if recipe.data else "")]
+    words = [re.sub(r"[^\w.]+", "-", one).strip("-.")[:40] for one in parts]
+    return "-".join([*filter(None, words), sha.hexdigest()[:8]])

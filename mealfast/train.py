@@ -13,6 +13,7 @@ from typing import NoReturn
 try:
     from mealfast.cli import endings
     from mealfast.cli.options import Parser, add_recipe_options, recipe_from
+    from mealfast.machine.waiting import waiting
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] != "mealfast":
         raise
@@ -37,8 +38,9 @@ def train_command(argv: list[str]) -> int:
     recipe = recipe_from(make_parser().parse_args(argv))
 
     # torch and timm take seconds to import: not for --help and typing errors.
-    from mealfast.measure.forecast import stage_report
-    from mealfast.training.loop import train
+    with waiting("loading PyTorch and timm"):
+        from mealfast.measure.forecast import stage_report
+        from mealfast.training.loop import train
 
     train(recipe, stage_report if recipe.stage_report else None)
     return 0

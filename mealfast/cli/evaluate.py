@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mealfast.cli.data_options import check_val_share
 from mealfast.cli.options import Parser
 from mealfast.cli.view_options import (
     CLASS_MAP,
@@ -47,6 +48,10 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="folder of class folders, or one that holds it as val/")
+    add(
+        "--val-share", type=float, metavar="S",
+        help="evaluate only the share of DIR that `mealfast train` keeps for validation where there is no val/",
+    )  # fmt: skip
     add("--model", required=True, nargs="+", metavar="SPEC", help="model specs; two or more make an ensemble")
     add("--per-class", action="store_true", help="also print the accuracy of each class and what it is confused with")
     add(
@@ -76,6 +81,7 @@ def evaluate_command(argv: list[str]) -> int:
     options = make_parser().parse_args(argv)
     check_positive(options, "batch_size", "loader_threads", "loader_timeout")
     check_view_options(options)
+    check_val_share(options)
     _check_figure(options.confusion)
 
     from mealfast.machine import processes as runtimes
@@ -103,14 +109,14 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     from mealfast.models.class_order import agree
     from mealfast.models.ensemble import FrozenEnsemble
     from mealfast.models.layout import default_layout
+    from mealfast.models.random_weights import require_weights
     from mealfast.training.scoring import evaluate
 
     layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
-    index = scan_images(options.data, "val", runtime, options.loader_threads)
+    index = scan_images(options.data, "val", runtime, options.loader_threads, share=options.val_share)
     if (index.labels < 0).any():
         raise UsageError(f"--data {options.data}: holds images outside class folders; put each in its class's folder")
-    for note in models.random_notes(options.model) if runtime.is_main else ():
-        say(note)
+    require_weights(options.model, "--model")
     torch.manual_seed(0)  # random weights, where a spec has no others
     loaded = [models.build(spec, options.size) for spec in options.model]
     share_size(loaded)

@@ -14,6 +14,7 @@ from mealfast.cli.view_options import check_positive
 from mealfast.loaders import ImageIndex
 from mealfast.machine.terminal import is_terminal
 from mealfast.machine.wording import counted
+from mealfast.method.folders import kept, parts_of
 
 
 def make_parser() -> Parser:
@@ -24,7 +25,11 @@ def make_parser() -> Parser:
         description="Scans a folder of images, where the first folder of a path is the class, stores the index beside "
         "the data and prints what it holds: images, classes, sizes, and each unreadable file with the reason.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of class folders, or one with train/ and val/")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="folder of class folders, or one with train/ and val/",
+    )
     parser.add_argument(
         "--decode", action="store_true", help="decode every image once instead of reading only the headers"
     )
@@ -38,13 +43,15 @@ def index_command(argv: list[str]) -> int:
     options = make_parser().parse_args(argv)
     check_positive(options, "workers")
     root = Path(options.folder)
-    parts = [name for name in ("train", "val") if (root / name).is_dir()]
+    parts = parts_of(root)
     bar = is_terminal(sys.stderr)
-    found = [
-        describe(ImageIndex.scan(root / name, workers=options.workers, progress=bar, decode=options.decode), name)
-        for name in parts or [""]
-    ]
-    whole = together(found, str(root)) if parts else found[0]
+    found = []
+    for part in parts:
+        index = ImageIndex.scan(part, workers=options.workers, progress=bar, decode=options.decode)
+        found.append(describe(index, "" if part == root else part.name))
+        if len(parts) == 1 and (held_out := kept(root, index)):
+            found[0]["kept_for_validation"] = held_out
+    whole = found[0] if parts == [root] else together(found, str(root))
     if options.json:
         print(json.dumps(whole))
     else:
@@ -84,6 +91,11 @@ def _text(facts: dict[str, Any]) -> str:
         f"{facts['root']}: {counted(facts['images'], 'image')} of {counted(facts['classes'], 'class')}, shorter side "
         f"{side['min']} to {side['max']} px (median {side['median']:.0f})"
     ]
+    if "kept_for_validation" in facts:
+        lines.append(
+            f"  of them `mealfast train` keeps for validation: {counted(facts['kept_for_validation'], 'image')} "
+            "(--val-share)"
+        )
     if facts["unlabelled"]:
         lines.append(f"  outside class folders, without a label: {counted(facts['unlabelled'], 'image')}")
     if facts["quarantined"]:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from mealfast.cli.labels_info import facts, text
-from mealfast.cli.options import Parser, add_recipe_options, given_fields
+from mealfast.cli.options import Parser, add_recipe_options, settings
 from mealfast.cli.view_options import check_positive
 from mealfast.errors import UsageError
 from mealfast.recipe import Recipe, make_recipe
 
 # What `build` takes of a recipe: the teachers and all that decides what they see.
 _FIELDS = (
-    "teachers", "data", "class_map", "size", "crop_scale", "crop_ratio", "flip", "interpolation", "loader",
+    "teachers", "data", "val", "val_share", "class_map", "size", "crop_scale", "crop_ratio", "flip", "interpolation",
+    "loader",
     "loader_threads", "loader_timeout", "device", "amp", "compile", "cuda_graphs", "tune_teachers", "seed",
 )  # fmt: skip
 
@@ -38,7 +39,7 @@ def make_parser() -> Parser:
     )
     helps = {
         "teachers": "model specs of the ensemble (required, unless --recipe names them)",
-        "data": "folder of images, or one that holds them as train/ (required)",
+        "data": "folder of images, or one that holds them as train/, as for `mealfast train` (required)",
     }
     add_recipe_options(parser, _FIELDS, helps)
     return parser
@@ -52,7 +53,8 @@ def build_command(argv: list[str]) -> int:
         raise UsageError(f"--views {options.views}: must be at most 1,000,000")
     if options.top_k > 4096:
         raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
-    recipe = cache_recipe(options.recipe, given_fields(options))
+    name, values = settings(options)
+    recipe = cache_recipe(name, {field: value for field, value in values.items() if field in _FIELDS})
 
     from mealfast.labels.build import build
     from mealfast.machine import memory  # torch and timm take seconds to import: not for --help

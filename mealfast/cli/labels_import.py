@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mealfast.cli.data_options import add_val_options, check_val_share
 from mealfast.cli.labels_info import facts, text
 from mealfast.cli.options import Parser
 from mealfast.cli.view_options import check_positive
@@ -30,6 +31,7 @@ def make_parser() -> Parser:
         help="FKD's name for the kind of labels (default: found from the first file; marginal_renorm_k5 must be given)",
     )  # fmt: skip
     add("--classes", type=int, default=1000, metavar="C", help="number of classes of the teachers (default: 1000)")
+    add_val_options(parser)
     add("--loader-threads", type=int, metavar="N", help="processes that index the images (default: one for each core)")
     return parser
 
@@ -38,12 +40,15 @@ def import_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
     check_positive(options, "classes", "views", "loader_threads")
+    check_val_share(options)
 
     from mealfast.labels.fkd_import import import_fkd
     from mealfast.machine import processes as runtimes
     from mealfast.method.data import scan_images
 
-    index = scan_images(options.data, "train", runtimes.start("cpu"), options.loader_threads)
+    index = scan_images(
+        options.data, "train", runtimes.start("cpu"), options.loader_threads, val=options.val, share=options.val_share
+    )
     header = import_fkd(
         Path(options.labels), index, Path(options.out), views=options.views, flavour=options.label_type,
         classes=options.classes,

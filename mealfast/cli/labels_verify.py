@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mealfast.cli.data_options import add_val_options, check_val_share
 from mealfast.cli.labels_build import cache_recipe
 from mealfast.cli.options import Parser
 from mealfast.cli.view_options import add_device_option, check_positive
@@ -41,6 +42,7 @@ def make_parser() -> Parser:
         "--loader-timeout", type=int, default=300, metavar="SECONDS",
         help="seconds without one image after which the command ends (default: 300)",
     )  # fmt: skip
+    add_val_options(parser)
     add_device_option(parser)
     add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: as the cache was made)")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -51,6 +53,7 @@ def verify_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
     check_positive(options, "sample", "loader_threads", "loader_timeout")
+    check_val_share(options)
     if options.teachers and not options.data:
         raise UsageError("--teachers: give --data too, the images that they are to label")
     from mealfast.labels import verify as labels_verify
@@ -65,7 +68,10 @@ def verify_command(argv: list[str]) -> int:
     if options.data and cache.header.explicit:
         if options.teachers:
             raise UsageError(f"--teachers: the targets of {options.cache} were imported; there is nothing to compare")
-        index = scan_images(options.data, "train", runtimes.start("cpu"), options.loader_threads)
+        index = scan_images(
+            options.data, "train", runtimes.start("cpu"), options.loader_threads, val=options.val,
+            share=options.val_share,
+        )  # fmt: skip
         check_images(cache.header, index, f"label cache {options.cache}")
     elif options.data:
         header = cache.header
@@ -86,7 +92,9 @@ def verify_command(argv: list[str]) -> int:
         )
         runtime = runtimes.start(recipe.device)
         try:
-            index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
+            index = scan_images(
+                recipe.data, "train", runtime, recipe.loader_threads, val=options.val, share=options.val_share
+            )
             dtype = name_of(precision(recipe.amp, runtime.device))
             dtypes = None if options.amp else labels_verify.dtypes_of(header, dtype)
             result["recomputed"] = labels_verify.recompute(cache, recipe, runtime, index, options.sample, dtypes)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mealfast.recipe import RECIPES, Recipe, make_recipe
+from mealfast.errors import UsageError
+from mealfast.recipe import RECIPES, Recipe, make_recipe, option_fields
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,9 +57,15 @@ def add_recipe_options(
         metavar="NAME",
         help=f"named settings, which the options below override: {', '.join(RECIPES)} (default: none)",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file of such options (batch-size = 64), or the config.json of a run; those given here override it "
+        "(default: none)",
+    )
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
+    for field in option_fields():
         if only is not None and field.name not in only:
             continue
         title = field.metadata["group"]
@@ -66,15 +74,39 @@ def add_recipe_options(
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the parsed options describe. Raises UsageError."""
-    return make_recipe(arguments.recipe, **given_fields(arguments))
+    """The recipe that the parsed options, and the file that they name, describe. Raises UsageError."""
+    name, values = settings(arguments)
+    return make_recipe(name, **values)
+
+
+def settings(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The recipe's name (None: none) and the fields of `Recipe` that the parsed options name, the file of --config or
+    the run of --resume below them. Raises UsageError."""
+    given = given_fields(arguments)
+    run = given.get("resume", "auto")
+    place = os.path.expanduser(run)
+    if run not in ("auto", "never") and not os.path.exists(place):
+        raise UsageError(f"--resume {run}: no such file or folder; name a run directory, or a checkpoint file")
+    if run not in ("auto", "never") and os.path.isdir(place):
+        from mealfast.cli.config_file import of_run  # which imports torch
+
+        for option in ("recipe", "config"):
+            if getattr(arguments, option):
+                raise UsageError(f"--{option} {getattr(arguments, option)}: --resume {run} has its own; leave it out")
+        return None, of_run(run, given)
+    if not arguments.config:
+        return arguments.recipe, given
+    from mealfast.cli.config_file import read
+
+    name, values = read(arguments.config)
+    return arguments.recipe or name, {**values, **given}
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Recipe` that the parsed options name."""
     return {
         field.name: tuple(value) if isinstance(value, list) else value
-        for field in dataclasses.fields(Recipe)
+        for field in option_fields()
         if (value := getattr(arguments, field.name, None)) is not None
     }
 

@@ -11,6 +11,7 @@ from mealfast.errors import UsageError
 from mealfast.loaders import ImageIndex, pack
 from mealfast.machine.terminal import is_terminal
 from mealfast.machine.wording import counted
+from mealfast.method.folders import parts_of
 
 
 def make_parser() -> Parser:
@@ -45,9 +46,10 @@ def pack_command(argv: list[str]) -> int:
         raise UsageError(f"{root}: no such folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"--out {out}: lies within {root}; name a folder outside it")
-    for name in [part for part in ("train", "val") if (root / part).is_dir()] or [""]:
+    for part in parts_of(root):
+        name = "" if part == root else part.name
         progress = is_terminal(sys.stderr)
-        index = ImageIndex.scan(root / name, workers=options.workers, progress=progress)
+        index = ImageIndex.scan(part, workers=options.workers, progress=progress)
         pack(
             index,
             out / name,

@@ -50,7 +50,7 @@ def build(
     `recipe` gives images, teachers and views (its student is not looked at), `batch_size` is each process's. Returns
     the finished header in the main process. Raises UsageError or DataError, one line.
     """
-    index = scan_images(recipe.data, "train", runtime, recipe.loader_threads)
+    index = scan_images(recipe.data, "train", runtime, recipe.loader_threads, val=recipe.val, share=recipe.val_share)
     stored = read_header(out) if (out / "header.json").is_file() else None
     cache = None if stored is None else Named(f"--out {out}", stored.class_names)
     models, described, classes = load_teachers(recipe, runtime, index, cache)

@@ -15,12 +15,15 @@ import torch
 
 from mealfast.kernels import ensemble_topk
 from mealfast.loaders import ImageIndex, ViewPlan, label_loader
+from mealfast.machine.files import brief
 from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import say
+from mealfast.machine.waiting import waiting
 from mealfast.models import normalised as models
 from mealfast.models.class_names import Names
 from mealfast.models.class_order import Named, agree
 from mealfast.models.ensemble import padded
+from mealfast.models.random_weights import require_weights
 from mealfast.recipe import Recipe
 
 TOGETHER = 16  # batches that go to disk together: what a kill can lose
@@ -49,8 +52,12 @@ def load_teachers(
     Their outputs are brought into the order of `cache`, the one that there is, or else of the first; one without names
     is of teachers whose outputs were taken as they are. Raises UsageError.
     """
+    require_weights(recipe.teachers, "--teachers")
     torch.manual_seed(recipe.seed)  # random weights, where a spec has no others
-    teachers = [models.build(spec, recipe.size) for spec in recipe.teachers]
+    teachers = []
+    for number, spec in enumerate(recipe.teachers, start=1):
+        with waiting(f"loading teacher {number} of {len(recipe.teachers)}: {brief(spec)}"):
+            teachers.append(models.build(spec, recipe.size))
     classes = models.check_classes(recipe.teachers, teachers)
     for spec, teacher in zip(recipe.teachers, teachers, strict=True):
         models.probe(teacher, spec, recipe.size)
@@ -65,8 +72,6 @@ def load_teachers(
         for note in agreed.notes if runtime.is_main else ():
             say(note)
     models.check_distinct(recipe.teachers, digests)
-    for note in models.random_notes(recipe.teachers) if runtime.is_main else ():
-        say(note)
     return teachers, described(recipe.teachers, digests), classes
 
 

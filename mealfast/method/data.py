@@ -2,55 +2,103 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mealfast.errors import UsageError
 from mealfast.loaders import ExplicitViews, ImageIndex, LabelCache, ViewPlan
+from mealfast.machine.files import printable
 from mealfast.machine.processes import Runtime
-from mealfast.machine.terminal import is_terminal
-from mealfast.recipe import Recipe
+from mealfast.machine.terminal import is_terminal, say
+from mealfast.machine.waiting import waiting
+from mealfast.method import folders
+from mealfast.recipe import VAL_SHARE, Recipe
 
 
 @dataclass(frozen=True)
 class Splits:
     train: ImageIndex
     val: ImageIndex
+    notes: tuple[str, ...] = ()  # what to tell the user of how they were found
 
 
-def scan_splits(root: str, *, workers: int | None = None, progress: bool = False) -> Splits:
-    """The indexes of ROOT/train and ROOT/val. Raises UsageError or DataError where either is missing or empty, or
-    where val/ has a class that train/ lacks (an unlabelled train/, images with no class folder, lacks none)."""
-    folder = Path(root)
-    if not root:
-        raise UsageError("--data is missing: name a folder with train/ and val/")
-    if not folder.is_dir():
-        raise UsageError(f"--data {root}: no such folder")
-    for part in ("train", "val"):
-        if not (folder / part).is_dir():
-            raise UsageError(f"--data {root}: has no {part}/; it must hold train/ and val/")
-    train = ImageIndex.scan(folder / "train", workers=workers, progress=progress)
-    val = ImageIndex.scan(folder / "val", classes=train.classes or None, workers=workers, progress=progress)
-    if (val.labels < 0).any():
-        raise UsageError(f"--data {root}: val/ holds images outside class folders; put each in its class's folder")
-    return Splits(train, val)
+def scan_splits(
+    data: str, val: str = "", share: float = VAL_SHARE, *, workers: int | None = None, progress: bool = False
+) -> Splits:
+    """The indexes of the training and validation images of `--data`, `--val` and `--val-share`; see `folders`.
 
-
-def scan_images(data: str, part: str, runtime: Runtime, workers: int | None = None) -> ImageIndex:
-    """The index of DATA/PART, or of DATA where it has no folder of that name; all processes together.
-
-    Raises UsageError or DataError.
+    Raises UsageError or DataError where either is missing or empty, or where a validation folder has a class that the
+    training images lack (unlabelled ones, with no class folder, lack none).
     """
-    folder = Path(data)
-    if not data or not folder.is_dir():
-        raise UsageError(f"--data {data}: no such folder" if data else "--data is missing: name a folder of images")
-    with runtime.main_first():  # the others find the index that the main process has stored
-        return ImageIndex.scan(
-            folder / part if (folder / part).is_dir() else folder,
-            workers=workers,
-            progress=runtime.is_main and is_terminal(sys.stderr),
+    where = folders.find(data, val)
+    with _looking(where.train):
+        train = ImageIndex.scan(where.train, workers=workers, progress=progress)
+    if where.val is None:
+        train, held_out = folders.cut(train, share)
+        return Splits(train, held_out, tuple(folders.cut_notes(train, held_out, share)))
+    with _looking(where.val):
+        held_out = ImageIndex.scan(where.val, classes=train.classes or None, workers=workers, progress=progress)
+    if (held_out.labels < 0).any():
+        raise UsageError(
+            f"{'--val ' + val if val else '--data ' + data}: {where.val.name}/ holds images outside class folders; put "
+            "each in its class's folder"
         )
+    usual = val or where.val.name == "val"
+    return Splits(train, held_out, () if usual else (f"validation images: {printable(str(where.val))}",))
+
+
+def scan_images(
+    data: str, part: str, runtime: Runtime, workers: int | None = None, *, val: str = "", share: float | None = None
+) -> ImageIndex:
+    """The index of DATA's training ("train") or validation ("val") images, all processes together.
+
+    Where DATA holds class folders alone, the training images are those that `scan_splits` trains on, for a `share`
+    (None: the recipe's default) that is kept for validation. "val" with no `share` then means all of DATA: it may be a
+    validation folder. Raises UsageError or DataError.
+    """
+    with runtime.main_first(), _looking(data):  # the others find the index that the main process has stored
+        index, notes = _scan_part(data, part, val, share, workers, runtime.is_main and is_terminal(sys.stderr))
+    for line in notes if runtime.is_main else ():
+        say(line)
+    return index
+
+
+def _scan_part(
+    data: str, part: str, val: str, share: float | None, workers: int | None, progress: bool
+) -> tuple[ImageIndex, list[str]]:
+    root = Path(os.path.expanduser(data))
+    if not data or not root.is_dir():
+        raise UsageError(f"--data {data}: no such folder" if data else "--data is missing: name a folder of images")
+    if part == "val" and not val and share is None:
+        last = folders.parts_of(root)[-1]
+        if last == root or last.name.lower() in folders.VAL:
+            index = ImageIndex.scan(last, workers=workers, progress=progress)
+            return index, [folders.WHOLE.format(index.root)] if last == root and _might_be_trained_on(root) else []
+    where = folders.find(data, val)
+    if where.val is not None:
+        return ImageIndex.scan(getattr(where, part), workers=workers, progress=progress), []
+    whole = ImageIndex.scan(where.train, workers=workers, progress=progress)
+    if part == "train" and ((whole.labels < 0).all() or _name(root) in folders.VAL):
+        return whole, []  # nothing to keep; a folder of validation images, which nobody trains on
+    share = VAL_SHARE if share is None else share
+    train, held_out = folders.cut(whole, share)
+    return train if part == "train" else held_out, folders.cut_notes(train, held_out, share)
+
+
+def _looking(folder: str | Path) -> AbstractContextManager[None]:
+    return waiting(f"looking through {printable(str(folder))}", enabled=not is_terminal(sys.stderr))  # which has a bar
+
+
+def _might_be_trained_on(root: Path) -> bool:
+    """Whether nothing says that a folder of class folders is one of validation images, or of training images."""
+    return _name(root) not in (*folders.TRAIN, *folders.VAL)
+
+
+def _name(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).name.lower()
 
 
 def view_plan(

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mealfast.machine.cuda_graphs import CapturedForward
 from mealfast.machine.processes import Runtime
+from mealfast.machine.waiting import waiting
 from mealfast.models.folding import fold_batch_norms
 from mealfast.models.layout import DTYPES, FORMATS, Choice, Layout, Timed, choose, seconds_of
 from mealfast.models.normalised import NormalizedModel
@@ -139,8 +140,9 @@ def measure_layouts(model: NormalizedModel, images: torch.Tensor, default: Layou
             with torch.no_grad():
                 return seconds_of(lambda: teacher(images), images.device)
 
-        for _ in range(2):  # compiles, picks algorithms
-            timed()
+        with waiting(f"trying {layout}"):
+            for _ in range(2):  # compiles, picks algorithms
+                timed()
         return timed
 
     try:

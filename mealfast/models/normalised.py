@@ -141,8 +141,12 @@ def is_random(spec: str) -> bool:
 
 
 def random_notes(specs: Sequence[str]) -> list[str]:
-    """What to tell the user of models with random weights."""
-    return [f"note: {spec} has random weights (no tag and no checkpoint)" for spec in specs if is_random(spec)]
+    """What to tell the user of models with random weights that did not ask for them."""
+    return [
+        f"note: {spec} has random weights (no tag and no checkpoint)"
+        for spec in specs
+        if is_random(spec) and not parse(spec).random
+    ]
 
 
 def digest(model: nn.Module) -> str:

@@ -33,6 +33,7 @@ class ModelSpec:
     kwargs: dict[str, Any]
     checkpoint: str
     source: str = ""  # PATH, FOLDER, HUB
+    random: bool = False  # ?weights=random: random weights are what is wanted
 
     @property
     def timm_name(self) -> str:
@@ -47,13 +48,28 @@ def parse(text: str) -> ModelSpec:
     """
     source, place, query = _source(text)
     if source:
-        return ModelSpec(text, "", "", _arguments(text, query), place, source)
+        kwargs = _arguments(text, query)
+        _random(text, kwargs, has_weights=True)
+        return ModelSpec(text, "", "", kwargs, place, source)
     name, _, checkpoint = text.partition("@")
     name, has_kwargs, query = name.partition("?")
     architecture, _, tag = name.partition(".")
     if not architecture or text.endswith("@") or (has_kwargs and not query):
         raise UsageError(f"model spec '{brief(text)}': {_GRAMMAR}")
-    return ModelSpec(text, architecture, tag, _arguments(text, query), os.path.expanduser(checkpoint))
+    kwargs = _arguments(text, query)
+    random = _random(text, kwargs, bool(tag or checkpoint))
+    return ModelSpec(text, architecture, tag, kwargs, os.path.expanduser(checkpoint), random=random)
+
+
+def _random(text: str, kwargs: dict[str, Any], has_weights: bool) -> bool:
+    """Takes `weights=random` out of the arguments; whether it was there."""
+    if "weights" not in kwargs:
+        return False
+    if kwargs.pop("weights") != "random" or has_weights:
+        raise UsageError(
+            f"model spec '{brief(text)}': weights= can only be random, for a spec with neither a tag nor a checkpoint"
+        )
+    return True
 
 
 def without_folders(text: str) -> str:
@@ -103,7 +119,7 @@ def _is_architecture(name: str) -> bool:
 
 
 def _arguments(text: str, query: str) -> dict[str, Any]:
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:

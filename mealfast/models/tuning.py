@@ -16,6 +16,7 @@ from mealfast.machine import terminal
 from mealfast.machine.files import brief, reason
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
+from mealfast.machine.waiting import waiting
 from mealfast.models import parity
 from mealfast.models.ensemble import FrozenEnsemble, fold, logits_in, measure_layouts
 from mealfast.models.layout import Choice, Layout, LayoutStore, default_layout, key_of
@@ -67,13 +68,14 @@ def prepare(
     recipe's precision what it says in eager float32 gets a finer one. Raises UsageError for one that never does.
     """
     specs = recipe.live_teachers if specs is None else specs
-    references = parity.reference_logits(teachers, images, runtime)
+    names = [f"teacher {number} of {len(specs)}: {brief(spec)}" for number, spec in enumerate(specs, start=1)]
+    references = parity.reference_logits(teachers, images, runtime, names)
     for teacher in teachers:
         fold(teacher, runtime.device)
     wanted = [precision_of(teacher, recipe.amp, runtime.device) for teacher in teachers]
     dtypes = [
-        _fine_enough(spec, teacher, images, reference, dtype, runtime)
-        for spec, teacher, reference, dtype in zip(specs, teachers, references, wanted, strict=True)
+        _fine_enough(spec, name, teacher, images, reference, dtype, runtime)
+        for spec, name, teacher, reference, dtype in zip(specs, names, teachers, references, wanted, strict=True)
     ]
     defaults = [default_layout(dtype, compile) for dtype in dtypes]
     # The main process chooses for all.
@@ -83,27 +85,33 @@ def prepare(
     choices: list[Choice] = []
     with runtime.main_first():  # minutes, where it compiles: a collective would time out
         if runtime.is_main:
-            choices = [
-                _choice(recipe, teacher, images, default, key, earlier)
-                for teacher, default, key in zip(teachers, defaults, keys, strict=True)
-            ]
+            for name, teacher, default, key in zip(names, teachers, defaults, keys, strict=True):
+                with waiting(f"tuning {name}, by measuring it in more than one layout"):
+                    choices.append(_choice(recipe, teacher, images, default, key, earlier))
     choices = runtime.gather(choices)[0]
     ensemble = FrozenEnsemble(teachers, runtime, compile=compile, layouts=[choice.layout for choice in choices])
-    if runtime.device.type == "cuda" and recipe.cuda_graphs in (None, "ensemble"):
-        try:
-            ensemble.capture(images)
-        except RuntimeError as error:
-            if recipe.cuda_graphs:
-                raise
-            if runtime.is_main:  # nobody asked for a graph: it is the run that matters
-                terminal.say(f"note: the teachers cannot be captured as a CUDA graph ({reason(error)}): run without")
-    found = parity.compare(specs, ensemble(images), references, runtime)
+    with waiting(f"{'compiling' if compile else 'running'} the teachers together for the first time"):
+        if runtime.device.type == "cuda" and recipe.cuda_graphs in (None, "ensemble"):
+            _capture(ensemble, images, recipe, runtime)
+        logits = ensemble(images)
+    found = parity.compare(specs, logits, references, runtime)
     parity.check(found, precision(recipe.amp, runtime.device))
     return ensemble, [TeacherReport(*each) for each in zip(specs, keys, choices, found, strict=True)]
 
 
+def _capture(ensemble: FrozenEnsemble, images: torch.Tensor, recipe: Recipe, runtime: Runtime) -> None:
+    """Takes the ensemble's CUDA graph, if it can be had or was asked for."""
+    try:
+        ensemble.capture(images)
+    except RuntimeError as error:
+        if recipe.cuda_graphs:
+            raise
+        if runtime.is_main:  # nobody asked for a graph: it is the run that matters
+            terminal.say(f"note: the teachers cannot be captured as a CUDA graph ({reason(error)}): run without")
+
+
 def _fine_enough(
-    spec: str, teacher: NormalizedModel, images: torch.Tensor, reference: torch.Tensor, wanted: torch.dtype,
+    spec: str, name: str, teacher: NormalizedModel, images: torch.Tensor, reference: torch.Tensor, wanted: torch.dtype,
     runtime: Runtime,
 ) -> str:  # fmt: skip
     """`wanted`, or the next finer dtype in which a folded teacher says on these images what it says in float32."""
@@ -111,13 +119,16 @@ def _fine_enough(
     if runtime.device.type == "cuda" and wanted == torch.bfloat16:
         dtypes.insert(1, "float16")  # as fast, and rounds an eighth as much: but its range is small
     for dtype, finer in pairwise(dict.fromkeys(dtypes)):
-        ours = logits_in(teacher, default_layout(dtype, compile=False), images)
+        with waiting(f"checking in {dtype} {name}"):
+            ours = logits_in(teacher, default_layout(dtype, compile=False), images)
         (found,) = parity.compare([spec], [ours], [reference], runtime)
         # Within half the bounds: the layout that it gets will round in other places.
         if found.holds(0.5) or not found.finite_in_float32:
             return dtype
         if runtime.is_main:
-            terminal.say(f"note: teacher {brief(spec)} is taken in {finer}: in {dtype} {found}")
+            terminal.say(
+                f"note: teacher {brief(spec)} is taken in {finer}: in {dtype} {found} (wanted: {parity.wanted(0.5)})"
+            )
     return "float32"
 
 

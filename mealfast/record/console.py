@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 
 from tqdm import tqdm
 
 from mealfast.machine import terminal
+
+SILENCE = 30.0  # seconds after which a log gets a line out of turn
 
 
 class Progress:
@@ -20,6 +23,7 @@ class Progress:
         self.total_steps, self.step, self.batch_size = total_steps, first_step, batch_size
         self.enabled, self.unit = enabled, unit
         self.bar = None
+        self._said_at, self._said_step = time.perf_counter(), first_step  # of the last line
         if enabled and terminal.is_terminal(sys.stderr):
             self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
@@ -39,8 +43,16 @@ class Progress:
             self.bar.set_postfix_str(f"{images_per_second:,.0f} images/s  {text}")
             return
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / images_per_second))
+        self._said_at, self._said_step = time.perf_counter(), self.step
         where = f"{self.unit} {self.step}/{self.total_steps}"
-        self.say(f"{title}  {where}  {text}  {images_per_second:,.0f} images/s  {left} left")
+        rate = f"{images_per_second:,.{0 if images_per_second >= 10 else 1}f} images/s"
+        self.say("  ".join(filter(None, (title, where, text, rate, f"{left} left"))))
+
+    def line_if_silent(self, title: str) -> None:
+        """A line without values in a log that has had none for SILENCE seconds; a bar moves by itself."""
+        seconds = time.perf_counter() - self._said_at
+        if self.enabled and self.bar is None and seconds >= SILENCE and self.step > self._said_step:
+            self.line(title, {}, (self.step - self._said_step) * self.batch_size / seconds)
 
     def say(self, text: str) -> None:
         """A line that does not break the bar. Where stderr is closed or on a full disk, it is lost."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from mealfast.errors import UsageError
 from mealfast.machine.files import brief, read_object, shown, words, write_json
-from mealfast.recipe import RESUMABLE_FIELDS, Recipe
+from mealfast.recipe import RESUMABLE_FIELDS, Recipe, option_fields
 from mealfast.record import checkpoint
 from mealfast.record.metrics import Telemetry
 
@@ -31,15 +31,20 @@ class RunDirectory:
             return
         if recipe.resume == "never":
             raise UsageError(f"--run-dir {self.path}: already holds a run; name another, or use --resume auto")
+        stored = self.stored_recipe("name another --run-dir")
+        refuse_other_recipe(recipe, stored, f"--run-dir {self.path}: holds a run")
+
+    def stored_recipe(self, otherwise: str) -> dict[str, Any]:
+        """The recipe in config.json as it stands there. Raises UsageError, which says what to do `otherwise`."""
         try:
             stored = read_object(self.config).get("recipe")
         except OSError as error:
-            raise UsageError(f"{self.config}: cannot be read ({error.strerror}); name another --run-dir") from error
+            raise UsageError(f"{self.config}: cannot be read ({error.strerror}); {otherwise}") from error
         except ValueError as error:
-            raise UsageError(f"{self.config}: is damaged; name another --run-dir") from error
+            raise UsageError(f"{self.config}: is damaged; {otherwise}") from error
         if not isinstance(stored, dict):
-            raise UsageError(f"{self.config}: is damaged (its recipe); name another --run-dir")
-        refuse_other_recipe(recipe, stored, f"--run-dir {self.path}: holds a run")
+            raise UsageError(f"{self.config}: is damaged (its recipe); {otherwise}")
+        return stored
 
     def claim(self, config: dict[str, Any]) -> None:
         """Creates the directory and writes config.json; removes what a killed process left half-written.
@@ -68,15 +73,19 @@ def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> No
     """Raises UsageError that names the first option in which a stored recipe differs, if it decides the result."""
     stored = {"class_map": "", **stored}  # which older runs had not
     epochs = stored.get("epochs")
-    if isinstance(epochs, int) and recipe.epochs < epochs:
+    if isinstance(epochs, int) and recipe.epochs < epochs and "epochs" not in recipe.left_open:
         raise UsageError(
             f"{what} with --epochs {epochs}, not {recipe.epochs}: a run can be given more epochs, not fewer; "
             "--max-steps ends it earlier"
         )
+    # Of options that are younger than the run.
+    defaults = {
+        one.name: list(one.default) if isinstance(one.default, tuple) else one.default for one in option_fields()
+    }
     for name, value in recipe.to_json().items():
-        if name in RESUMABLE_FIELDS:
+        if name in RESUMABLE_FIELDS or name in recipe.left_open:
             continue
-        if name not in stored or stored[name] != value:
+        if stored.get(name, defaults[name]) != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"{what} with {flag} {_typed(stored.get(name))}, not {words(value) or 'none'}: "

@@ -15,18 +15,21 @@ import torch
 from mealfast.errors import UsageError
 from mealfast.labels.fit import check_fit, open_label_cache
 from mealfast.labels.write_through import write_plan
+from mealfast.machine.files import brief
 from mealfast.machine.precision import precision
 from mealfast.machine.processes import Runtime
-from mealfast.machine.terminal import is_terminal
+from mealfast.machine.terminal import is_terminal, say
+from mealfast.machine.waiting import waiting
 from mealfast.method.classes import absent_notes, number_classes
 from mealfast.method.data import Splits, scan_splits, view_plan
 from mealfast.method.student import Student
 from mealfast.models import normalised as models
 from mealfast.models.class_order import Agreed
+from mealfast.models.random_weights import require_weights
 from mealfast.models.tuning import prepare
 from mealfast.recipe import Recipe
 from mealfast.record.run_directory import RunDirectory
-from mealfast.training import resume
+from mealfast.training import fit, resume
 from mealfast.training.classes import agree_on_classes
 from mealfast.training.job import Job
 from mealfast.training.meter import Meter
@@ -42,16 +45,19 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
     Writes nothing. Raises UsageError or DataError for what the user can mend.
     """
     precision(recipe.amp, runtime.device)  # refused before anything is read
-    if recipe.batch_size % (runtime.world_size * recipe.accumulate):
-        raise UsageError(
-            f"--batch-size {recipe.batch_size}: must be a multiple of processes x --accumulate = "
-            f"{runtime.world_size} x {recipe.accumulate}"
-        )
+    if "batch_size" not in recipe.left_open:
+        fit.check_batch(recipe.batch_size, runtime.world_size, recipe.accumulate)
     with runtime.main_first():  # the others find the index that the main process has stored
         found = scan_splits(
-            recipe.data, workers=recipe.loader_threads, progress=runtime.is_main and is_terminal(sys.stderr)
-        )
+            recipe.data, recipe.val, recipe.val_share, workers=recipe.loader_threads,
+            progress=runtime.is_main and is_terminal(sys.stderr),
+        )  # fmt: skip
     checkpoint = resume.find(recipe, directory)
+    if checkpoint is not None:
+        recipe = fit.adopt(recipe, checkpoint.recipe_fields(recipe.left_open))
+    recipe, chosen = fit.fit(recipe, runtime.world_size, len(found.train), found.train.root)
+    for line in (*found.notes, *chosen) if runtime.is_main else ():
+        say(line)  # now: what comes next may take minutes
     job, loaded = _assemble(recipe, runtime, found, checkpoint)
     if checkpoint is None:
         return _with_teachers(job, loaded, {}), Where(), []
@@ -106,8 +112,15 @@ def _models(
     recipe: Recipe, live_teachers: tuple[str, ...]
 ) -> tuple[models.NormalizedModel, list[models.NormalizedModel], tuple[str, ...]]:
     """Student, teachers, and the teachers' digests; refused where they do not fit together."""
-    student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
-    teachers = [models.build(spec, recipe.size) for spec in live_teachers]
+    require_weights(live_teachers, "--teachers")
+    if recipe.distils:
+        require_weights([recipe.student], "--student")
+    with waiting(f"loading the student {brief(recipe.student)}"):
+        student = models.build(recipe.student, recipe.size)  # first: random weights do not depend on the teachers
+    teachers = []
+    for number, spec in enumerate(live_teachers, start=1):
+        with waiting(f"loading teacher {number} of {len(live_teachers)}: {brief(spec)}"):
+            teachers.append(models.build(spec, recipe.size))
     models.check_classes(live_teachers, teachers, (recipe.student, student.num_classes))
     digests = tuple(models.digest(teacher) for teacher in teachers)
     models.check_distinct(live_teachers, digests)
@@ -119,10 +132,7 @@ def _models(
 def _images(recipe: Recipe, found: Splits, agreed: Agreed) -> tuple[Splits, Calendar]:
     """The images as the student numbers their classes, and what they make of an epoch."""
     data = number_classes(found, agreed, labels_needed=recipe.hard_label_weight > 0)
-    calendar = Calendar.of(recipe, len(data.train))
-    if calendar.steps_per_epoch == 0:
-        raise UsageError(f"--batch-size {recipe.batch_size}: {data.train.root} holds only {len(data.train)} images")
-    return data, calendar
+    return data, Calendar.of(recipe, len(data.train))
 
 
 def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapping[str, Any]) -> Job:
@@ -130,11 +140,12 @@ def _with_teachers(job: Job, loaded: list[models.NormalizedModel], layouts: Mapp
     that the run which is resumed had."""
     if not loaded:
         return job
-    loader = job.loader(0, 1)
-    try:
-        images = next(iter(loader)).images.chunk(job.recipe.accumulate)[0]
-    finally:
-        loader.close()
+    with waiting("reading images to measure and check the teachers on"):
+        loader = job.loader(0, 1)
+        try:
+            images = next(iter(loader)).images.chunk(job.recipe.accumulate)[0]
+        finally:
+            loader.close()
     teachers, reports = prepare(
         job.recipe,
         job.runtime,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any
 
 from mealfast.errors import RunError
@@ -13,6 +13,7 @@ from mealfast.machine import lock, memory, processes
 from mealfast.machine.agreement import Agreement
 from mealfast.machine.processes import Runtime
 from mealfast.machine.stop_signal import Stopped, StopSignal
+from mealfast.machine.waiting import waiting
 from mealfast.machine.wording import counted
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
 from mealfast.method.targets import GivenTargets
@@ -84,7 +85,8 @@ def run_job(
                 loop.rescue()
                 raise
             # Outside: the last step is saved by now, and what is measured at the end trains on.
-            return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
+            with waiting("writing what the run leaves, and measuring its steps without the loader", outputs.say):
+                return finish(job, where, outputs, loop.figures(time.perf_counter() - began), loop.replay)
 
 
 class Loop:
@@ -103,6 +105,7 @@ class Loop:
     batch: Batch | None  # of the step taken last
     loader: Loader | None  # knows the images that it had to replace
     dead_lines: int  # logged means of the discriminator's loss at ln 2, one after the other
+    teachers_said: bool  # whether the teachers' scores, which stay what they are, were said
     began: float  # when the step that is being taken began
 
     def __init__(self, job: Job, where: Where, outputs: Outputs, stop: StopSignal) -> None:
@@ -111,6 +114,7 @@ class Loop:
         self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
         self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
         self.first, self.batch, self.loader, self.dead_lines, self.began = where.step, None, None, 0, 0.0
+        self.teachers_said = False
 
     def run(self) -> None:
         """What an earlier process left undone, then the steps."""
@@ -134,13 +138,15 @@ class Loop:
         while where.step < calendar.last and not stopping:
             self.began = time.perf_counter()
             try:
-                self.batch = feed.next()
+                with self.said_of_the_first("reading the first batch of images"):
+                    self.batch = feed.next()
             except LoaderStopped:  # a signal, while no batch came
                 if where.step > self.outputs.saved:
                     self.save()
                 return
             waited = time.perf_counter() - self.began
-            self.step(self.batch, where.step)
+            with self.said_of_the_first(f"the first step{' compiles the student' if job.compiled else ''}"):
+                self.step(self.batch, where.step)
             self.count_step()
             self.log_if_due(waited)
             wish = self.agreed(_FAILED if feed.error else int(self.stop.asked))
@@ -160,9 +166,14 @@ class Loop:
 
     # -- what the loop does --------------------------------------------------------------------------------------------
 
+    def said_of_the_first(self, what: str) -> AbstractContextManager[None]:
+        """Around a part of a step: of the first it is said that it takes long, if it does."""
+        return waiting(what, self.outputs.say) if self.where.step == self.first else nullcontext()
+
     def agree_on_the_first(self, feed: Feed) -> bool:
         """Whether nobody may begin, because a process has not the first batches or was asked to stop."""
-        feed.fill(2 * self.agreed.delay)
+        with waiting("reading the first batches of images", self.outputs.say, enabled=self.agreed.delay > 0):
+            feed.fill(2 * self.agreed.delay)
         wish = 0
         for _ in range(1 + self.agreed.delay):  # the answer comes one call later
             wish = self.agreed(_FAILED if feed.error else int(self.stop.asked))
@@ -186,8 +197,15 @@ class Loop:
         self.outputs.progress.advance()
         if due:
             self.write_line(means, *self.clock.close_window(job.recipe.batch_size))
+        else:
+            self.outputs.progress.line_if_silent(self.title)
         if job.calendar.logs(steps):  # what is logged out of turn, at the end, a resumed run logs again in its turn
             job.meter.clear()
+
+    @property
+    def title(self) -> str:
+        """Of a line about the step that was taken last."""
+        return f"epoch {self.job.calendar.epoch(self.where.step - 1) + 1}/{self.job.recipe.epochs}"
 
     def read_guard(self) -> None:
         """Learns which steps were skipped; waits for the device."""
@@ -209,7 +227,8 @@ class Loop:
         speed = {"lr": self.job.optimiser.lr, "images_per_second": rate, "data_wait_fraction": waiting}
         self.outputs.write({"kind": "train", "epoch": epoch, "step": step, **means, **speed})
         shown = {name: value for name, value in means.items() if value is not None}
-        self.outputs.progress.line(f"epoch {epoch + 1}/{recipe.epochs}", shown, rate)
+        skipped = "  skipped" if means["loss"] is None else ""
+        self.outputs.progress.line(self.title + skipped, shown, rate)
 
     def watch_discriminator(self, loss: float | None) -> None:
         """Warns where two logged means in a row sit at ln 2 (None: every step was skipped)."""
@@ -224,8 +243,10 @@ class Loop:
         """Scores the models and saves the scores; False where a signal cut it short, and nothing is written."""
         job, where, scores = self.job, self.where, self.where.scores
         show = self.outputs.show_pictures(where.step) if job.live_teachers else None
+        count = counted(len(job.data.val), "image")
         try:
-            result = self.validation(show, lambda: self.stop.asked)
+            with waiting(f"evaluating student and teachers on {count}", self.outputs.say):
+                result = self.validation(show, lambda: self.stop.asked)
         except Stopped:
             return False
         line = {
@@ -251,6 +272,10 @@ class Loop:
         self.outputs.say(
             f"evaluated after {counted(where.step, 'step')}:  top-1 {line['top1']:.2f}%  top-5 {line['top5']:.2f}%{kl}"
         )
+        if not self.teachers_said:
+            self.teachers_said = True
+            for text in report.teachers_scores(job, result):
+                self.outputs.say(text)
         if where.step:
             self.save(best=best)
         return True

@@ -15,6 +15,7 @@ from mealfast.models.description import Description
 from mealfast.models.spec import without_folders
 from mealfast.recipe import Recipe
 from mealfast.training.job import Job
+from mealfast.training.scoring import Evaluation, is_chance
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -92,6 +93,23 @@ def introduction(job: Job) -> list[str]:
         f"{job.runtime.world_size} x {job.runtime.device.type}, {job.student.precision}, {recipe.loader} loader  |  "
         f"{recipe.run_dir}",
         *map(str, job.reports),
+    ]
+
+
+def teachers_scores(job: Job, result: Evaluation) -> list[str]:
+    """What each teacher and the ensemble reach on the validation images, and a warning of one that only guesses."""
+    classes, scores = job.student.num_classes, result.models[1:]
+    lines = [
+        f"teacher {spec}:  top-1 {score.top1:.2f}%  top-5 {score.top5:.2f}%"
+        for spec, score in zip(job.live_teachers, scores, strict=True)
+    ]
+    if result.ensemble:
+        lines.append(f"ensemble:  top-1 {result.ensemble.top1:.2f}%  top-5 {result.ensemble.top5:.2f}%")
+    return lines + [
+        f"warning: teacher {spec} is no better than chance ({100 / classes:.3g}%): are its classes those of the "
+        "folders, in the same order, and its weights trained?"
+        for spec, score in zip(job.live_teachers, scores, strict=True)
+        if is_chance(score, classes)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mealfast.models.layout import is_layout
 from mealfast.recipe import Recipe
 from mealfast.record import checkpoint
 from mealfast.record.run_directory import RunDirectory, refuse_other_recipe
+from mealfast.record.stored_recipe import fields_of
 from mealfast.training import report
 from mealfast.training.job import Job
 from mealfast.training.step_calendar import Calendar, Period
@@ -37,6 +39,10 @@ class Found:
     def what(self) -> str:
         """Its name in messages."""
         return f"checkpoint {self.path}"
+
+    def recipe_fields(self, names: Collection[str]) -> dict[str, Any]:
+        """Those of its recipe's fields, their types checked. Raises UsageError."""
+        return fields_of({name: value for name, value in self.state["recipe"].items() if name in names}, self.what)
 
     @property
     def layouts(self) -> dict[str, Any]:

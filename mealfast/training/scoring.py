@@ -5,6 +5,7 @@ Shape legend: B images of this process, H and W pixels, M models, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,13 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         return {"top1": self.top1, "top5": self.top5, "images": self.images}
+
+
+def is_chance(score: Score, classes: int) -> bool:
+    """Whether guesses among so many classes would be right as often: up to two standard deviations above the mean."""
+    p = 1 / classes
+    mean, deviation = score.images * p, math.sqrt(score.images * p * (1 - p))
+    return score.top1 / 100 * score.images <= mean + 2 * deviation
 
 
 @dataclass(frozen=True)

@@ -115,14 +115,18 @@ def test_bad_options_get_one_line(capfd, argv, named):
         ({"student": "resnet5o"}, "no architecture 'resnet5o'; did you mean"),
         ({"student": "resnet18.nope"}, "no tag 'nope'"),
         ({"teachers": "test_resnet@nowhere.pth"}, "checkpoint nowhere.pth: no such file"),
-        ({"teachers": "test_resnet?num_classes=4"}, "--teachers test_resnet?num_classes=4 has 4 classes"),
+        ({"teachers": "test_resnet?num_classes=4&weights=random"}, "num_classes=4&weights=random has 4 classes"),
+        ({"teachers": "resnet50"}, "did you mean resnet50.a1_in1k, or a checkpoint, resnet50@FILE? For random"),
+        ({"student": "resnet18?num_classes=3"}, "--student resnet18?num_classes=3: names no weights; did you mean"),
+        ({"student": "resnet18.tv_in1k?weights=random"}, "neither a tag nor a checkpoint"),
+        ({"student": "resnet18?weights=a.pth"}, "weights= can only be random"),
         ({"batch_size": 26}, "--batch-size 26"),
         ({"batch_size": 8, "accumulate": 3}, "--batch-size 8: must be a multiple"),
         ({"amp": "fp16"}, "--amp fp16 needs a GPU"),
         ({"resume": "nowhere.pt"}, "--resume nowhere.pt: no such file"),
         ({"optimizer": "apex-fused-sgd"}, "--optimizer apex-fused-sgd needs a GPU"),
-        ({"student": "vit_tiny_patch16_224?num_classes=3&depth=1&img_size=64"}, "change --size"),
-        ({"student": "test_efficientnet?num_classes=3&in_chans=1"}, "in_chans cannot be set"),
+        ({"student": "vit_tiny_patch16_224?num_classes=3&depth=1&img_size=64&weights=random"}, "change --size"),
+        ({"student": "test_efficientnet?num_classes=3&in_chans=1&weights=random"}, "in_chans cannot be set"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,7 +164,6 @@ def test_weights_of_another_architecture(capfd, good, weights):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda root: shutil.rmtree(root / "val"), "has no val/"),
         (lambda root: shutil.rmtree(root / "train"), "has no train/"),
         (lambda root: [path.unlink() for path in (root / "train").rglob("*.jpg")], "train"),
         (lambda root: shutil.copytree(root / "val" / "ant", root / "val" / "dog"), "dog"),
@@ -171,7 +174,7 @@ def test_weights_of_another_architecture(capfd, good, weights):
         ),
         (lambda root: [path.write_bytes(b"no image") for path in (root / "train").rglob("*.jpg")], "train"),
     ],
-    ids=["no val", "no train", "empty train", "a class of val only", "no class folder", "four classes", "no images"],
+    ids=["no train", "empty train", "a class of val only", "no class folder", "four classes", "no images"],
 )
 def test_bad_data(capfd, good, tree, tmp_path, change, named):
     root = shutil.copytree(tree, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))

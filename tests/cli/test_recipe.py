@@ -1,6 +1,5 @@
 """Recipes: the paper's rows, refusals that name their option, and one command-line option a field."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 import timm
 
 from mealfast.errors import UsageError
-from mealfast.recipe import RECIPES, Recipe, make_recipe
+from mealfast.recipe import RECIPES, Recipe, make_recipe, option_fields
 from mealfast.train import make_parser, recipe_from
 
 PAIR_224 = ("senet154.gluon_in1k", "resnet152s.gluon_in1k")
@@ -66,6 +65,7 @@ BAD_VALUES = [
     ("keep", 0), ("loader_threads", 0), ("max_steps", 0), ("eval_every", -1), ("seed", -1), ("seed", 2**63),
     ("lr", -0.1), ("lr", float("nan")), ("lr", float("inf")), ("lr_decay", -1.0), ("momentum", 1.0),
     ("momentum", -0.1), ("weight_decay", -1e-4), ("discriminator_lr", float("nan")), ("flip", 1.5),
+    ("val_share", 0.0), ("val_share", 1.0), ("val_share", float("nan")),
     ("hard_label_weight", -0.1), ("hard_label_weight", float("nan")), ("crop_scale", (0.5, 0.1)),
     ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 2.0)), ("crop_ratio", (0.0, 1.0)),
     ("crop_ratio", (1.0, float("inf"))), ("eval_crop_pct", 0.0), ("eval_crop_pct", 3.0), ("lr_decay_epochs", (-1,)),
@@ -113,7 +113,8 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
 # One value a field that is not its default, as typed and as it must arrive.
 TYPED = {
     "teachers": ("resnet34 resnet26", ("resnet34", "resnet26")), "student": ("resnet10t", "resnet10t"),
-    "data": ("some/folder", "some/folder"), "class_map": ("natural", "natural"),
+    "data": ("some/folder", "some/folder"), "val": ("other/folder", "other/folder"), "val_share": ("0.2", 0.2),
+    "class_map": ("natural", "natural"),
     "size": ("96", 96), "crop_scale": ("0.2 0.9", (0.2, 0.9)),
     "crop_ratio": ("0.5 2", (0.5, 2.0)), "flip": ("0.25", 0.25), "interpolation": ("bicubic", "bicubic"),
     "eval_crop_pct": ("0.95", 0.95), "eval_interpolation": ("bicubic", "bicubic"), "loader": ("pillow", "pillow"),
@@ -133,7 +134,7 @@ TYPED = {
 
 
 def test_every_field_is_an_option_and_arrives_as_typed():
-    known = [field.name for field in dataclasses.fields(Recipe)]
+    known = [field.name for field in option_fields()]
     missing = set(known) - set(TYPED)
     assert not missing, f"give TYPED a value of the new fields {missing}"
     argv = []
@@ -169,15 +170,15 @@ LATER = {
     "teachers": "none", "eval_crop_pct": "int(256 / 224 * size)", "loader_threads": "its share of the cores",
     "discriminator": "cooperative", "discriminator_lr": "the student's", "label_cache": "none",
     "label_cache_views": "as many as --epochs", "label_cache_top_k": "10", "max_steps": "no limit",
-    "compile": "on GPUs only", "cuda_graphs": "ensemble on GPUs", "run_dir": "runs/RECIPE",
-    "class_map": "found out",
+    "compile": "on GPUs only", "class_map": "found out",
+    "val": "val, validation, valid or test beside train/", "cuda_graphs": "ensemble on GPUs", "run_dir": "runs/RECIPE",
 }  # fmt: skip
 REQUIRED = {"student", "data"}
 
 
 def test_help_lists_every_field_with_its_default():
     text = " ".join(make_parser().format_help().split())
-    for field in dataclasses.fields(Recipe):
+    for field in option_fields():
         flag = "--" + field.name.replace("_", "-")
         assert flag in text
         help_text = field.metadata["help"]

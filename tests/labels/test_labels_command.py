@@ -215,7 +215,10 @@ REFUSED = {
     "no k": (["--top-k", "0"], "--top-k 0: must be 1 or more"),
     "size": (["--size", "0"], "--size 0: must be 1 or more"),
     "data": (["--data", "/no/such"], "--data /no/such: no such folder"),
-    "same teacher": (["--teachers", "test_resnet?num_classes=3", "test_resnet?num_classes=3@X"], "checkpoint X"),
+    "same teacher": (
+        ["--teachers", "test_resnet?num_classes=3&weights=random", "test_resnet?num_classes=3@X"],
+        "checkpoint X",
+    ),
     "scale": (["--crop-scale", "0.9", "0.1"], "--crop-scale"),
 }
 

@@ -52,7 +52,7 @@ def test_a_folder_of_images_or_one_that_holds_it(tree, tmp_path):
     assert scan_images(str(tree), "train", runtime).root == tree / "train"
     assert scan_images(str(tree), "val", runtime).root == tree / "val"
     shutil.copytree(tree / "val", tmp_path / "images")
-    assert len(scan_images(str(tmp_path / "images"), "train", runtime, workers=1)) == 11
+    assert len(scan_images(str(tmp_path / "images"), "val", runtime, workers=1)) == 11
     for data, message in (("", "--data is missing"), (str(tmp_path / "none"), "--data .*none: no such folder")):
         with pytest.raises(UsageError, match=message):
             scan_images(data, "train", runtime)

@@ -15,6 +15,7 @@ from PIL import Image
 from mealfast.errors import UsageError
 from mealfast.models import normalised as models
 from mealfast.models import weights
+from mealfast.models.random_weights import require_weights
 from mealfast.models.spec import parse
 
 
@@ -389,3 +390,33 @@ def test_a_home_is_expanded_and_a_bare_file_asks_for_its_architecture(state, tmp
     check_loaded(f"{NAME}@~/w.pth", state)
     for text in ("~/w.pth", str(tmp_path / "w.pth")):
         assert refusal(text) == f"model spec '{text}': is a file; say of which architecture: NAME@{text}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "proposal"),
+    [
+        ("resnet50", "did you mean resnet50.a1_in1k, or a checkpoint, resnet50@FILE?"),
+        ("resnet18?num_classes=7", "did you mean resnet18.a1_in1k?num_classes=7, or a checkpoint,"),
+        ("botnet50ts_256", "give a checkpoint as botnet50ts_256@FILE."),
+    ],
+)
+def test_weights_that_nobody_named_are_refused_with_timms_own_tag(spec, proposal):
+    asked = f"{spec}{'&' if '?' in spec else '?'}weights=random"
+    with pytest.raises(UsageError) as caught:
+        require_weights(["resnet18.tv_in1k", "resnet18@w.pth", spec], "--teachers")
+    assert str(caught.value).startswith(f"--teachers {spec}: names no weights; {proposal}")
+    assert str(caught.value).endswith(f"For random weights say {asked}")
+    require_weights([asked, "no-architecture"], "--teachers")  # which is refused when it is built
+    assert models.is_random(asked)
+    assert models.random_notes([asked]) == []
+
+
+def test_random_weights_that_were_asked_for_are_timms(tmp_path):
+    torch.manual_seed(3)
+    ours = models.build("test_resnet?num_classes=3&weights=random").model.state_dict()
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_resnet", num_classes=3).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for spec in ("resnet18?weights=none", "resnet18.tv_in1k?weights=random", "resnet18?weights=random@w.pth"):
+        with pytest.raises(UsageError, match="weights= can only be random"):
+            parse(spec)

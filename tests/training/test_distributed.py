@@ -166,4 +166,7 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(options):
     recipe = make_recipe(**{**options, "batch_size": 7})
     with pytest.raises(UsageError) as caught:
         make_job(recipe, Runtime(0, 2, torch.device("cpu")), RunDirectory(recipe.run_dir))
-    assert str(caught.value) == "--batch-size 7: must be a multiple of processes x --accumulate = 2 x 1"
+    assert (
+        str(caught.value)
+        == "--batch-size 7: must be a multiple of processes x --accumulate = 2 x 1: use --batch-size 6"
+    )

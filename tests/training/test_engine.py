@@ -229,12 +229,14 @@ def test_a_skipped_step_is_counted_and_leaves_the_log_finite(options):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-def test_a_window_of_skipped_steps_only_is_logged(options):
+def test_a_window_of_skipped_steps_only_is_logged(options, capfd):
     options |= {"max_steps": 2, "eval_every": 0, "eval_start": False, "log_every": 1}
     assert run(with_bad_call(made(options), 1))["skipped_steps"] == 1
     first, second = metrics(options["run_dir"], "train")
     assert first["loss"] is None
     assert math.isfinite(second["loss"])
+    logged = [line for line in capfd.readouterr().err.splitlines() if line.startswith("epoch 1/")]
+    assert ["  skipped  step " in line for line in logged] == [True, False]
 
 
 def test_outputs_of_a_run(options):
