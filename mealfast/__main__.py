@@ -39,6 +39,7 @@ COMMANDS = {
         "forecast_command",
         "measure the stages of a step, predict a run's hours",
     ),
+    "export": ("mealfast.cli.export", "export_command", "write a model for timm, ONNX, torchvision or TorchScript"),
     "figures": ("mealfast.cli.figures", "figures_command", "draw the curves of one or more runs"),
     "demo": ("mealfast.cli.demo", "demo_command", "distil handwritten digits, in about three minutes on two cores"),
 }
