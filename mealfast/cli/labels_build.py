@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ def make_parser() -> Parser:
 def build_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError or DataError."""
     options = make_parser().parse_args(argv)
-    check_positive(options, "views", "top_k", "batch_size")
-    if options.views > 1_000_000:
-        raise UsageError(f"--views {options.views}: must be at most 1,000,000")
-    if options.top_k > 4096:
-        raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
+    check_sizes(options)
     recipe = cache_recipe(options.recipe, given_fields(options))
 
     from mealfast.labels.build import build
@@ -67,6 +64,15 @@ def build_command(argv: list[str]) -> int:
     if header is not None:
         print(text(facts(options.out, header)))
     return 0
+
+
+def check_sizes(options: argparse.Namespace) -> None:
+    """Raises UsageError for sizes that no cache has."""
+    check_positive(options, "views", "top_k", "batch_size")
+    if options.views > 1_000_000:
+        raise UsageError(f"--views {options.views}: must be at most 1,000,000")
+    if options.top_k > 4096:
+        raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
 
 
 def cache_recipe(name: str | None, given: dict[str, Any]) -> Recipe:

@@ -18,7 +18,7 @@ from torch import nn
 
 from mealfast.downstream.agreement_check import compare, sample
 from mealfast.downstream.plain import plain_model
-from mealfast.downstream.sources import Source, data_config
+from mealfast.downstream.trained import Trained, data_config
 from mealfast.errors import UsageError
 from mealfast.machine.files import brief, reason
 
@@ -42,13 +42,13 @@ def check_installed() -> None:
         raise UsageError(f"--to onnx needs {', '.join(missing)}: pip install 'mealfast[export]'")
 
 
-def write(source: Source, folder: Path, *, with_preprocessing: bool = False) -> str:
+def write(trained: Trained, folder: Path, *, with_preprocessing: bool = False) -> str:
     """Writes model.onnx: input `images`, normalised float32 [N, 3, S, S], or uint8 [N, S, S, 3] with the preprocessing
     inside; output `logits` float32 [N, C]; any N. Returns what was found. Raises UsageError where torch cannot."""
     check_installed()
-    plain_model(source)
-    model: nn.Module = source.model if with_preprocessing else source.model.model
-    example = sample(source.model, source.views.size, 2)[0 if with_preprocessing else 1]
+    plain_model(trained)
+    model: nn.Module = trained.model if with_preprocessing else trained.model.model
+    example = sample(trained.model, trained.views.size, 2)[0 if with_preprocessing else 1]
     with _quiet():
         try:
             program: Any = torch.onnx.export(
@@ -56,13 +56,13 @@ def write(source: Source, folder: Path, *, with_preprocessing: bool = False) -> 
                 dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
             )  # fmt: skip
         except Exception as error:
-            raise UsageError(f"{brief(source.name)}: PyTorch cannot export it to ONNX: {_cause(error)}") from error
-        program.model.metadata_props["mealfast"] = _metadata(source, with_preprocessing)
+            raise UsageError(f"{brief(trained.name)}: PyTorch cannot export it to ONNX: {_cause(error)}") from error
+        program.model.metadata_props["mealfast"] = _metadata(trained, with_preprocessing)
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         program.save(str(folder / FILE), external_data=size > _LARGEST)
     found = compare(
-        source.model, source.views.size, _runner(folder / FILE), with_preprocessing=with_preprocessing,
-        what=f"{brief(source.name)}: as ONNX it",
+        trained.model, trained.views.size, _runner(folder / FILE), with_preprocessing=with_preprocessing,
+        what=f"{brief(trained.name)}: as ONNX it",
     )  # fmt: skip
     return f"ONNX Runtime: {found}"
 
@@ -82,11 +82,11 @@ def _runner(path: Path) -> Any:
     return run
 
 
-def _metadata(source: Source, with_preprocessing: bool) -> str:
-    facts: dict[str, Any] = {"architecture": source.spec.architecture, **data_config(source)}
+def _metadata(trained: Trained, with_preprocessing: bool) -> str:
+    facts: dict[str, Any] = {"architecture": trained.facts.architecture, **data_config(trained)}
     facts["input"] = "uint8 NHWC" if with_preprocessing else "normalised float32 NCHW"
-    if source.classes is not None:
-        facts["classes"] = list(source.classes)
+    if trained.facts.classes is not None:
+        facts["classes"] = list(trained.facts.classes)
     return json.dumps(facts)
 
 

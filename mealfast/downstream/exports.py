@@ -9,7 +9,7 @@ from typing import Any
 
 from mealfast.downstream.model_card import card
 from mealfast.downstream.new_folder import check_new, new_folder
-from mealfast.downstream.sources import open_source
+from mealfast.downstream.trained import open_trained
 from mealfast.errors import UsageError, alternatives
 
 LIBRARIES = {"timm": "timm", "onnx": "onnx", "torchvision": "torchvision", "torchscript": "pytorch"}  # of the hub
@@ -30,15 +30,15 @@ def export(
     check_new(out)
     module = import_module(f"mealfast.downstream.export_{to}")
     getattr(module, "check_installed", bool)()
-    source = open_source(name, size)
+    trained = open_trained(name, size)
     write: Callable[..., str] = module.write
     with new_folder(out) as folder:
-        found = write(source, folder, with_preprocessing=with_preprocessing)
-        side = source.views.size
+        found = write(trained, folder, with_preprocessing=with_preprocessing)
+        side = trained.views.size
         images = f"normalised float32 [N, 3, {side}, {side}]"
         if with_preprocessing:
             images = f"uint8 [N, {side}, {side}, 3], RGB"
         usage = module.USAGE.replace("IMAGES", images).replace("[B, 3, S, S]", f"[B, 3, {side}, {side}]")
-        (folder / "README.md").write_text(card(source, LIBRARIES[to], usage, out.name), encoding="utf-8")
+        (folder / "README.md").write_text(card(trained, LIBRARIES[to], usage, out.name), encoding="utf-8")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"folder": str(out), "files": files, "found": found.splitlines()}

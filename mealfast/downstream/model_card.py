@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from mealfast.downstream.sources import Source, data_config
+from mealfast.downstream.trained import Trained, data_config
 from mealfast.machine.files import brief, words
 
 _FRONT = """\
@@ -21,20 +21,20 @@ library_name: {library}
 """
 
 
-def card(source: Source, library: str, usage: str, directory: str) -> str:
+def card(trained: Trained, library: str, usage: str, directory: str) -> str:
     """The whole text. `usage` is its code; DIR, ARCHITECTURE, CLASSES and S in it are filled in."""
-    teachers = _teachers(source)
+    teachers = _teachers(trained)
     how = "distilled from an ensemble of teachers (MEAL V2)" if teachers else "trained"
-    title = f"{source.spec.architecture}, {how} by mealfast" if source.config else source.spec.architecture
-    usage = usage.replace("DIR", directory).replace("ARCHITECTURE", source.spec.architecture)
-    usage = usage.replace("CLASSES", str(source.model.num_classes))
+    title = f"{trained.facts.architecture}, {how} by mealfast" if trained.config else trained.facts.architecture
+    usage = usage.replace("DIR", directory).replace("ARCHITECTURE", trained.facts.architecture)
+    usage = usage.replace("CLASSES", str(trained.model.num_classes))
     sections = {
-        "": _facts(source),
+        "": _facts(trained),
         "How to load it": [usage],
-        "Scores": _scores(source.summary),
+        "Scores": _scores(trained.summary),
         "Teachers": teachers,
-        "Data": _data(source.config),
-        "Made with": _versions(source.config),
+        "Data": _data(trained.config),
+        "Made with": _versions(trained.config),
     }
     text = [_FRONT.format(library=library), f"# {_plain(title)}\n\n"]
     for heading, lines in sections.items():
@@ -55,18 +55,20 @@ def without_folder(spec: str) -> str:
     return f"{name}{at}{PurePath(path).name}"
 
 
-def _facts(source: Source) -> list[str]:
-    data, size = data_config(source), source.views.size
-    classes = f"- {source.model.num_classes} classes"
-    if source.classes is not None:
-        shown = ", ".join(_plain(name) for name in source.classes[:10])
-        classes += f": {shown}" + (", ..." if len(source.classes) > 10 else "")
-    arguments = "".join(f", {_plain(key)} {_plain(value)}" for key, value in source.spec.kwargs.items())
+def _facts(trained: Trained) -> list[str]:
+    data, size = data_config(trained), trained.views.size
+    classes = f"- {trained.model.num_classes} classes"
+    if trained.facts.classes is not None:
+        shown = ", ".join(_plain(name) for name in trained.facts.classes[:10])
+        classes += f": {shown}" + (", ..." if len(trained.facts.classes) > 10 else "")
+    arguments = "".join(
+        f", {_plain(key)} {_plain(value)}" for key, value in trained.facts.kwargs.items() if key != "num_classes"
+    )
     return [
-        f"- architecture: timm's {_plain(source.spec.architecture)}{arguments}",
+        f"- architecture: timm's {_plain(trained.facts.architecture)}{arguments}",
         classes,
-        f"- input: RGB, {size} x {size} pixels; the shorter side is resized to {source.views.resize} pixels "
-        f"({source.views.interpolation}), then the centre is cropped",
+        f"- input: RGB, {size} x {size} pixels; the shorter side is resized to {trained.views.resize} pixels "
+        f"({trained.views.interpolation}), then the centre is cropped",
         f"- mean {words(data['mean'])}, std {words(data['std'])} of pixels in [0, 1]",
     ]
 
@@ -90,8 +92,8 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
     return ["| on the run's val/ | top-1 % | top-5 % | images |", "|---|---|---|---|", *lines] if lines else []
 
 
-def _teachers(source: Source) -> list[str]:
-    digests = source.config.get("teacher_digests")
+def _teachers(trained: Trained) -> list[str]:
+    digests = trained.config.get("teacher_digests")
     found = digests.items() if isinstance(digests, dict) else ()
     return [f"- {_plain(without_folder(spec))}, weights' SHA-256 {_plain(digest)}" for spec, digest in found]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mealfast.downstream.sources import Source, data_config
+from mealfast.downstream.trained import Trained, data_config
 
 # Of the weights that the architecture's name stands for: where they come from, and how timm would best test those.
 _OF_OTHER_WEIGHTS = (
@@ -16,27 +16,27 @@ _OF_OTHER_WEIGHTS = (
 )  # fmt: skip
 
 
-def plain_model(source: Source) -> nn.Module:
+def plain_model(trained: Trained) -> nn.Module:
     """timm's module, in evaluation mode: normalised float32 [B, 3, S, S] -> logits [B, C].
 
     `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` cuts and normalises a Pillow image as
     mealfast evaluates it; `model.pretrained_cfg["label_names"]` names the outputs, where the names are known.
     """
-    model: Any = source.model.model  # with attributes of timm's
+    model: Any = trained.model.model  # with attributes of timm's
     config = {key: value for key, value in dict(model.pretrained_cfg).items() if key not in _OF_OTHER_WEIGHTS}
-    config |= {**data_config(source), "num_classes": source.model.num_classes}
-    if source.classes is not None:
-        config["label_names"] = list(source.classes)
+    config |= {**data_config(trained), "num_classes": trained.model.num_classes}
+    if trained.facts.classes is not None:
+        config["label_names"] = list(trained.facts.classes)
     # timm reads the one, older code the other.
     model.pretrained_cfg = model.default_cfg = config
     found: nn.Module = model
     return found
 
 
-def constructor_arguments(source: Source) -> dict[str, Any]:
+def constructor_arguments(trained: Trained) -> dict[str, Any]:
     """What timm.create_model needs beside the architecture's name and the number of classes to build the module."""
-    arguments = {key: value for key, value in source.spec.kwargs.items() if key != "num_classes"}
-    config: Any = source.model.model.pretrained_cfg
+    arguments = {key: value for key, value in trained.facts.kwargs.items() if key != "num_classes"}
+    config: Any = trained.model.model.pretrained_cfg
     if config.get("fixed_input_size"):
-        arguments["img_size"] = source.model.size
+        arguments["img_size"] = trained.model.size
     return arguments

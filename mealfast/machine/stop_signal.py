@@ -26,6 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked = False  # whether a signal has come
+        self.number: int | None = None  # of the first that came
         self._previous: dict[int, Any] = {}  # signal -> the handler in whose place ours stands
 
     def __enter__(self) -> StopSignal:
@@ -45,4 +46,4 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.number = True, self.number or number

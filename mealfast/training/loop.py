@@ -35,32 +35,36 @@ _STOP, _FAILED = 1, 2  # what a process can wish for after a step
 AtStart = Callable[[Job, Where, Callable[[str], None]], None]
 
 
-def train(recipe: Recipe, at_start: AtStart | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, at_start: AtStart | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
     """Runs a recipe to its end, or to where it is stopped. Returns the content of summary.json.
 
     `at_start(job, where, say)` is called before the first step, on every process, and may measure: nothing of what it
-    does to tensors may stay. Raises UsageError or DataError for what the user can mend; before the first step, before
-    anything is written.
+    does to tensors may stay. `stop` says afterwards which signal stopped it. Raises UsageError or DataError for what
+    the user can mend; before the first step, before anything is written.
     """
     with lock.hold(recipe.run_dir):
         directory = RunDirectory(recipe.run_dir)
         directory.check(recipe)
         runtime = processes.start(recipe.device, timeout=recipe.collective_timeout)
-        summary = run(recipe, runtime, directory, at_start)
+        summary = run(recipe, runtime, directory, at_start, stop)
         # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
         processes.stop()
     return summary
 
 
-def run(recipe: Recipe, runtime: Runtime, directory: RunDirectory, at_start: AtStart | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, runtime: Runtime, directory: RunDirectory, at_start: AtStart | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """`train` among processes that have found each other, in a directory that was checked."""
     job, where, notes = make_job(recipe, runtime, directory)
-    return run_job(job, where, directory, notes, at_start)
+    return run_job(job, where, directory, notes, at_start, stop)
 
 
 def run_job(
-    job: Job, where: Where, directory: RunDirectory, notes: list[str] | None = None, at_start: AtStart | None = None
-) -> dict[str, Any]:
+    job: Job, where: Where, directory: RunDirectory, notes: list[str] | None = None, at_start: AtStart | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Takes a job from where it stands to its end, and writes what a run writes. `notes` are said first."""
     began = time.perf_counter()
     with Outputs(job, where, directory) as outputs:
@@ -73,7 +77,7 @@ def run_job(
             at_start(job, where, outputs.say)
         if where.step:
             outputs.say(f"resuming after {where.step} of {job.calendar.total_steps} steps")
-        with StopSignal() as stop:  # only from here on is there something to keep
+        with stop or StopSignal() as stop:  # only from here on is there something to keep
             loop = Loop(job, where, outputs, stop)
             try:
                 loop.run()

@@ -17,7 +17,7 @@ from mealfast.__main__ import dispatch
 from mealfast.cli.endings import run_command
 from mealfast.downstream.model_card import card
 from mealfast.downstream.new_folder import new_folder
-from mealfast.downstream.sources import crop_pct, open_source
+from mealfast.downstream.trained import crop_pct, open_trained
 from mealfast.errors import UsageError
 from mealfast.loaders import EvalViews
 from mealfast.recipe import make_recipe
@@ -43,7 +43,7 @@ def photo(seed: int = 0, height: int = 50, width: int = 41) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def trained(run: Path) -> nn.Module:
+def plain_student(run: Path) -> nn.Module:
     """The run's student as plain timm reads its file."""
     return timm.create_model(
         "test_efficientnet", num_classes=3, checkpoint_path=str(run / "student.safetensors")
@@ -60,7 +60,7 @@ def test_timm_loads_the_folder_as_it_is(run, tmp_path, capfd):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, SIZE, SIZE)
-    own = timm.data.resolve_model_data_config(trained(run))
+    own = timm.data.resolve_model_data_config(plain_student(run))
     assert (tuple(config["mean"]), tuple(config["std"])) == (own["mean"], own["std"])
     assert config["interpolation"] == "bilinear"
     # The view that mealfast evaluates: of 36 pixels, by torchvision.
@@ -74,7 +74,7 @@ def test_timm_loads_the_folder_as_it_is(run, tmp_path, capfd):
         ]
     )
     assert torch.equal(inputs, transform(photo())[None])
-    assert torch.equal(model(inputs), trained(run)(inputs))
+    assert torch.equal(model(inputs), plain_student(run)(inputs))
     text = (folder / "README.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert f"| this model | {summary['final']['top1']:.2f} |" in text
@@ -106,7 +106,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(run, tmp_path, capfd, inside):
     assert status == 0, err
     assert "largest difference" in out
     session = runtime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
-    model = trained(run)
+    model = plain_student(run)
     config = timm.data.resolve_model_data_config(model)
     for count in (1, 3, 7):
         images = np.random.default_rng(count).integers(0, 255, (count, SIZE, SIZE, 3), dtype=np.uint8)
@@ -129,7 +129,7 @@ def test_torchscript_needs_no_timm(run, tmp_path, capfd):
     model = torch.jit.load(str(tmp_path / "script" / "model.torchscript.pt"))
     for count in (1, 6):
         images = torch.randn(count, 3, SIZE, SIZE)
-        torch.testing.assert_close(model(images), trained(run)(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(images), plain_student(run)(images), rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -196,11 +196,11 @@ class Undecided(nn.Module):
 def test_what_torch_cannot_export_is_one_line(run, tmp_path, capfd, monkeypatch, to, count_matters, expected):
     if to == "onnx":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'mealfast[export]'")
-    source = open_source(str(run))
+    trained = open_trained(str(run))
     module = Undecided(count_matters)
-    module.pretrained_cfg = dict(source.model.model.pretrained_cfg)
-    source.model.model = module
-    monkeypatch.setattr("mealfast.downstream.exports.open_source", lambda *_: source)
+    module.pretrained_cfg = dict(trained.model.model.pretrained_cfg)
+    trained.model.model = module
+    monkeypatch.setattr("mealfast.downstream.exports.open_trained", lambda *_: trained)
     status, out, err = export(capfd, run, "--to", to, tmp_path / "new")
     assert (status, out) == (2, "")
     assert expected in err
@@ -223,15 +223,15 @@ def test_timm_resizes_to_what_mealfast_resizes_to():
 
 
 def test_a_card_escapes_what_files_say(run):
-    source = open_source(str(run))
+    trained = open_trained(str(run))
     score = {"top1": 1, "top5": 2, "images": 3}
     hostile = "a|b\n# <script>`x`"
-    source = type(source)(
-        source.name, source.spec, source.model, source.views,
+    trained = type(trained)(
+        trained.name, trained.spec, trained.model, trained.views,
         {"teacher_digests": {hostile: hostile}, "versions": [], "images": {hostile: 3}, "image_digests": {}},
         {"final": {"top1": "x", "top5": 1, "images": 2}, "teachers": [{"model": hostile, **score}]},
     )  # fmt: skip
-    text = card(source, "timm", "code", "DIR")
+    text = card(trained, "timm", "code", "DIR")
     assert "<script>" not in text
     assert "\n# <" not in text
     assert "a\\|b" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,30 @@ _LARGEST = 64 << 20  # bytes of a config.json or summary.json that is read
 
 
 @dataclass(frozen=True)
-class Source:
+class Facts:
+    """What a model is, beside its weights."""
+
+    architecture: str  # timm's name of it, without a tag
+    kwargs: dict[str, Any]  # of timm.create_model
+    mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None  # the name of each output; None: not known
+
+
+def describe(model: NormalizedModel, spec: ModelSpec) -> Facts:
+    """What `model`, built of `spec`, is: as it says itself, and where it does not, as the spec and timm say."""
+    config = timm.data.resolve_model_data_config(model.model)
+    return Facts(
+        getattr(model, "architecture", "") or spec.architecture,
+        dict(getattr(model, "kwargs", None) or spec.kwargs),
+        tuple(getattr(model, "mean", None) or config["mean"]),
+        tuple(getattr(model, "std", None) or config["std"]),
+        getattr(model, "classes", None),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
     """A model that can be handed on. `config` and `summary` are a run's config.json and summary.json, else {}."""
 
     name: str  # as the user named it
@@ -31,12 +55,12 @@ class Source:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The name of each output; None where nobody has said."""
-        return getattr(self.model, "classes", None)
+    def facts(self) -> Facts:
+        """What the model is."""
+        return describe(self.model, self.spec)
 
 
-def open_source(name: str, size: int | None = None) -> Source:
+def open_trained(name: str, size: int | None = None) -> Trained:
     """The model in a run directory, or of a model spec; evaluated at `size` pixels a side (None: the run's, or timm's
     for that model).
 
@@ -60,7 +84,19 @@ def open_source(name: str, size: int | None = None) -> Source:
         model = models.build(spec, size)
         views = _own_views(model, size)
     models.probe(model, spec, views.size)
-    return Source(name, parse(spec), model.eval(), views, config, summary)
+    return Trained(name, parse(spec), model.eval(), views, config, summary)
+
+
+def spec_of(name: str | os.PathLike[str]) -> str:
+    """The model spec of the student of a run directory, or `name` itself. Raises UsageError."""
+    text = os.fspath(name)
+    folder = Path(text).expanduser()
+    return student_spec(run_recipe(folder), folder) if is_run(folder) else text
+
+
+def run_recipe(folder: Path) -> Mapping[str, Any]:
+    """The recipe of a run, as its config.json has it. Raises UsageError where it is damaged."""
+    return _recipe(_object(folder / "config.json"), folder)
 
 
 def is_run(folder: Path) -> bool:
@@ -114,38 +150,23 @@ def _object(path: Path, *, missing_is_empty: bool = False) -> dict[str, Any]:
 
 def _own_views(model: NormalizedModel, size: int | None) -> EvalViews:
     own = models.evaluation_config(model)
+    size = size or getattr(model, "trained_size", None)
     interpolation = own["interpolation"] if own["interpolation"] in ("bilinear", "bicubic") else "bicubic"
     return EvalViews.from_crop_pct(size or own["size"], own["crop_pct"], interpolation)
 
 
-def data_config(source: Source) -> dict[str, Any]:
+def data_config(trained: Trained) -> dict[str, Any]:
     """How images become the model's input, in timm's words: input_size (C, H, W), mean, std, interpolation, crop_pct,
     crop_mode. timm's evaluation transform of it makes the views that mealfast evaluates on."""
-    mean, std = normalisation(source.model)
-    views = source.views
+    views = trained.views
     return {
         "input_size": (3, views.size, views.size),
-        "mean": mean,
-        "std": std,
+        "mean": trained.facts.mean,
+        "std": trained.facts.std,
         "interpolation": views.interpolation,
         "crop_pct": crop_pct(views),
         "crop_mode": "center",
     }
-
-
-def normalisation(model: NormalizedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of pixels in [0, 1], one a channel, as the model applies them.
-
-    timm's own numbers where they are those of the buffers, which hold them rounded to float32; else what these say.
-    """
-    scale, shift = model.scale.flatten().double().cpu(), model.shift.flatten().double().cpu()
-    std = 1 / (255 * scale)
-    mean = -shift * std
-    config = timm.data.resolve_model_data_config(model.model)
-    own = (tuple(map(float, config["mean"])), tuple(map(float, config["std"])))
-    found = (tuple(round(x, 7) for x in mean.tolist()), tuple(round(x, 7) for x in std.tolist()))
-    pairs = zip([*own[0], *own[1]], [*found[0], *found[1]], strict=True)
-    return own if all(abs(a - b) < 1e-6 for a, b in pairs) else found
 
 
 def crop_pct(views: EvalViews) -> float:
