@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any
 
 from mealfast.errors import RunError
@@ -12,7 +12,7 @@ from mealfast.loaders import Batch, Loader, LoaderStopped
 from mealfast.machine import lock, processes
 from mealfast.machine.agreement import Agreement
 from mealfast.machine.processes import Runtime
-from mealfast.machine.stop_signal import Stopped, StopSignal
+from mealfast.machine.stop_signal import CutShort, Stopped, StopSignal
 from mealfast.machine.wording import counted
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
 from mealfast.method.targets import GivenTargets
@@ -110,7 +110,11 @@ class Loop:
         self.job, self.where, self.outputs, self.stop = job, where, outputs, stop
         self.step = job.step(outputs.recording)
         self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
-        self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
+        alone = job.runtime.world_size == 1  # else the others would wait for a process that cut something short
+        self.validation = Validation(job, stop.at_once if alone else nullcontext)
+        if alone and job.recipe.cuda_graphs != "step":
+            self.step.cuttable = self.first_is_cuttable
+        self.agreed, self.clock = Agreement(job.runtime), Clock()
         self.first, self.batch, self.loader, self.dead_lines, self.began = where.step, None, None, 0, 0.0
 
     def run(self) -> None:
@@ -126,7 +130,10 @@ class Loop:
             cache = self.outputs.recording.cache if self.outputs.recording else None
             with closing(job.loader(where.step, calendar.last, cache, lambda: self.stop.asked)) as loader:
                 self.loader = loader
-                self.steps(Feed(loader, 2 * self.agreed.delay))
+                try:
+                    self.steps(Feed(loader, 2 * self.agreed.delay))
+                except CutShort:  # the first step, behind which everything is saved
+                    self.step.undo()
 
     def steps(self, feed: Feed) -> None:
         """Batch, step, log, save, evaluate, until the end or until a process wishes to stop."""
@@ -170,6 +177,10 @@ class Loop:
         if wish == _FAILED:
             feed.raise_for_all(self.job.runtime)
         return wish > 0
+
+    def first_is_cuttable(self) -> AbstractContextManager[None]:
+        """A signal ends the first step, in which the student is compiled, at once."""
+        return self.stop.at_once() if self.where.step == self.first else nullcontext()
 
     def count_step(self) -> None:
         """Counts a step that was taken."""
