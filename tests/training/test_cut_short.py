@@ -18,11 +18,18 @@ def recipe_in(fields, folder, **changes):
     return make_recipe(None, **{**fields, "epochs": 2, "lr_decay_epochs": (1,), "run_dir": str(folder), **changes})
 
 
+@pytest.fixture(scope="module")
+def whole(fields, tmp_path_factory):
+    """A run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(recipe_in(fields, folder))
+    return folder
+
+
 @pytest.mark.parametrize("place", ["evaluation", "first step", "first step of a resumed run"])
-def test_what_has_nothing_to_keep_is_cut_short(fields, weights, tmp_path, monkeypatch, place):
+def test_what_has_nothing_to_keep_is_cut_short(fields, weights, whole, tmp_path, monkeypatch, place):
     """The student's forward pass (`logits` in an evaluation), in whose first call it is compiled, never returns."""
-    whole, cut = recipe_in(fields, tmp_path / "whole"), recipe_in(fields, tmp_path / "cut")
-    train(whole)
+    cut = recipe_in(fields, tmp_path / "cut")
     resumed = place.endswith("resumed run")
     if resumed:
         train(recipe_in(fields, tmp_path / "cut", max_steps=2))
@@ -46,7 +53,7 @@ def test_what_has_nothing_to_keep_is_cut_short(fields, weights, tmp_path, monkey
         changed = [key for key, tensor in state.items() if not torch.equal(written[key], tensor)]
         assert all(key.endswith("num_batches_tracked") for key in changed), changed  # which nothing reads
     train(cut)
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", whole)
 
 
 def test_a_signal_that_came_before_counts_and_one_after_waits():
