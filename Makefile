@@ -31,7 +31,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip uninstall --quiet --yes mealfast
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-build-isolation -c constraints.txt \
-		$(patsubst %.,%.[demo$(comma)test],$(INSTALL))
+		$(patsubst %.,%.[demo$(comma)export$(comma)test],$(INSTALL))
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
 	rm -f $(VENV)/installed-*
 	touch $@

@@ -6,7 +6,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # A room imports only itself and those before it (tests/test_rooms.py).
-ROOMS = ["machine", "models", "method", "record", "labels", "training", "measure", "figures", "cli"]
+ROOMS = ["machine", "models", "method", "record", "labels", "training", "measure", "downstream", "figures", "cli"]
 
 setup(
     name="mealfast",
@@ -40,6 +40,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],  # the digits, and the figure of the demo
+        "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # mealfast export --to onnx
         # Triton comes with PyTorch's CUDA builds; its interpreter runs the kernels anywhere.
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.18", "triton; platform_system == 'Linux'"],
     },

@@ -2,8 +2,11 @@
 
     index = ImageIndex.scan("imagenet/train")
     plan = ViewPlan(index.widths, index.heights, seed=0, size=224)
-    for batch in train_loader("dali", index, plan, batch_size=512, stop_step=10_000, device="cuda"):
-        batch.images  # uint8 [512, 224, 224, 3]
+    loader = train_loader("dali", index, plan, batch_size=512, epochs=90, device="cuda")  # len(loader): steps in all
+    for epoch, batches in loader.epochs():
+        for batch in batches:
+            batch.images  # uint8 [512, 224, 224, 3]
+    loader.close()
 
 `index` knows the files (`walk` lists them, `probe` looks into them, `index_store` keeps what was found), `views`
 decides what is cut out of them, `steps` deals that to ranks, `prefetch` has batches made ahead, and `pillow` or `dali`

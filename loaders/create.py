@@ -31,7 +31,8 @@ def train_loader(
     *,
     batch_size: int,
     start_step: int = 0,
-    stop_step: int,
+    stop_step: int | None = None,
+    epochs: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
@@ -45,6 +46,9 @@ def train_loader(
 ) -> PrefetchLoader[Any]:
     """A Loader of the plan's steps start_step to stop_step - 1, images uint8 [batch_size / world_size, size, size, 3].
 
+    In place of `stop_step`, `epochs` ends after so many from the plan's beginning (neither: after one). `len` counts
+    the loader's steps, `loader.epochs()` yields (epoch, its batches).
+
     `backend` is "dali" or "pillow". `batch_size` is the global batch: rank r shows its r-th part. Step s belongs to
     epoch s // (N // batch_size); the remainder of each epoch's order is dropped, and no step waits at its start.
     `threads` decode (default: this process's share of the cores), `prefetch` batches are kept ready; `decoding` tunes
@@ -54,12 +58,16 @@ def train_loader(
     Of all three kinds of loader: `next` raises LoaderTimeoutError where no image comes for `timeout` seconds, and
     LoaderStopped where `stopping()`, asked five times a second of waiting in the thread that waits, is true.
     """
+    if stop_step is not None and epochs is not None:
+        raise DataError("train_loader: takes stop_step or epochs, not both")
     steps = TrainSteps(
         index,
         plan,
         batch_size=batch_size,
         start_step=start_step,
-        stop_step=stop_step,
+        stop_step=(1 if epochs is None else epochs) * (len(index) // max(batch_size, 1))
+        if stop_step is None
+        else stop_step,
         rank=rank,
         world_size=world_size,
         label_cache=label_cache,

@@ -127,6 +127,17 @@ class PrefetchLoader(ABC, Generic[Flight]):
                 with suppress(RuntimeError):  # closed, which has forgotten them
                     self._caller.submit(self._forget, pending)
 
+    def epochs(self) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """(epoch, its batches) of a training loader, one after the other, with nothing waited for in between.
+
+        Of an epoch that is left half-way, the other batches are made and dropped.
+        """
+        batches = iter(self)
+        for epoch, count in self._steps.epochs():
+            of_epoch = islice(batches, count)
+            yield epoch, of_epoch
+            deque(of_epoch, maxlen=0)
+
     def _wait(self, pending: deque[Flight], todo: Iterator[int]) -> Batch | None:
         """`_advance` in the loader's own thread."""
         if self._closing is not None:

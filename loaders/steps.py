@@ -77,6 +77,15 @@ class TrainSteps:
     def __len__(self) -> int:
         return self._stop - self._start
 
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """(epoch, how many of these steps are in it), in order."""
+        first = self._start
+        while first < self._stop:
+            epoch = first // self._steps_per_epoch
+            last = min((epoch + 1) * self._steps_per_epoch, self._stop)
+            yield epoch, last - first
+            first = last
+
     def views(self, k: int) -> BatchViews:
         """The views of step start_step + k."""
         epoch, step = divmod(self._start + k, self._steps_per_epoch)
@@ -130,6 +139,10 @@ class LabelSteps:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """All batches as one."""
+        yield 0, len(self)
+
     def views(self, k: int) -> BatchViews:
         """The views of batch k."""
         view, first = self._batches[k]
@@ -172,6 +185,10 @@ class EvalSteps:
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.rows_per_batch)
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """All batches as one."""
+        yield 0, len(self)
 
     def views(self, k: int) -> BatchViews:
         """The views of batch k; the last one is smaller where the images do not divide."""

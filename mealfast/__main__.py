@@ -14,7 +14,8 @@ if __name__ == "__main__" and find_spec("mealfast.loaders") is None:
     # Started in a checkout, whose folder mealfast/ comes before the installed package and is not all of it.
     _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != _checkout]
-    del sys.modules["mealfast"]
+    for _name in [name for name in sys.modules if name.partition(".")[0] == "mealfast"]:
+        del sys.modules[_name]
     if find_spec("mealfast") is None:
         sys.exit("mealfast: the package is not installed for this Python: run `make install`, or `pip install .`")
     import mealfast
@@ -39,6 +40,7 @@ COMMANDS = {
         "forecast_command",
         "measure the stages of a step, predict a run's hours",
     ),
+    "export": ("mealfast.cli.export", "export_command", "write a model for timm, ONNX, torchvision or TorchScript"),
     "figures": ("mealfast.cli.figures", "figures_command", "draw the curves of one or more runs"),
     "demo": ("mealfast.cli.demo", "demo_command", "distil handwritten digits, in about three minutes on two cores"),
 }

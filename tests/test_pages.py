@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mealfast
 from mealfast.__main__ import COMMANDS, dispatch
 from mealfast.cli import labels
 from mealfast.cli.endings import run_command
@@ -92,8 +94,40 @@ def test_readmes_commands_for_ones_own_images_run(tree, weights, tmp_path, monke
             argv = [one.replace(old, new) for one in argv]
         assert run_command(dispatch, argv) == 0, capfd.readouterr().err
         ran.append(argv[0])
-    assert set(ran) == {"index", "train", "evaluate", "predict", "figures", "pack"}
-    assert all((tmp_path / name).exists() for name in ("confusion.png", "curves.png", "PACKED", "other"))
+    assert set(ran) == {"index", "train", "evaluate", "predict", "export", "figures", "pack"}
+    assert all((tmp_path / name).exists() for name in ("confusion.png", "curves.png", "PACKED", "other", "MODEL"))
+
+
+def python_blocks(page: Path) -> list[str]:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if "mealfast.kernels" not in block]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "python.md"], ids=lambda page: page.name)
+def test_the_python_of_the_pages_runs(page, tree, weights, tmp_path, monkeypatch, capsys):
+    """In its order, with small models and options in the places of those that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DIR").symlink_to(tree)
+    (tmp_path / "start.pth").symlink_to(weights("test_efficientnet", 1))
+    (tmp_path / "big.pth").symlink_to(weights("test_resnet", 2))
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save("photo.jpg")
+    small = {"size": 32, "batch_size": 8, "loader": "pillow", "amp": "off", "compile": False, "run_dir": "RUN"}
+    monkeypatch.setattr(mealfast, "distill", partial(mealfast.distill, **small))
+    names: dict = {}
+    blocks = python_blocks(page)
+    assert blocks
+    for block in blocks:
+        for old, new in {
+            "epochs=30": "epochs=1",
+            "resnet18": "test_efficientnet",
+            "resnet50": "test_resnet",
+            "=37": "=3",
+        }.items():
+            block = block.replace(old, new)
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert "top1" in out or "photo.jpg" in out
+    assert (tmp_path / "RUN" / "student.safetensors").exists()
 
 
 def test_the_kernels_page_runs():

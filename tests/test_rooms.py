@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("machine", "models", "method", "record", "labels", "training", "measure", "figures", "cli")
+ROOMS = ("machine", "models", "method", "record", "labels", "training", "measure", "downstream", "figures", "cli")
 COMMON = {"mealfast", "mealfast.recipe", "mealfast.errors", "mealfast.loaders", "mealfast.kernels"}
 
 

@@ -68,7 +68,7 @@ def draw_digits(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from mealfast.cli.predict import view_of
+    from mealfast.downstream.images import view_of
     from mealfast.loaders import EvalViews
     from mealfast.recipe import RECIPES
 

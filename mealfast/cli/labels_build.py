@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,7 @@ def make_parser() -> Parser:
 def build_command(argv: list[str]) -> int:
     """Runs the command; exit status 0. Raises UsageError, DataError or RunError."""
     options = make_parser().parse_args(argv)
-    check_positive(options, "views", "top_k", "batch_size")
-    if options.views > 1_000_000:
-        raise UsageError(f"--views {options.views}: must be at most 1,000,000")
-    if options.top_k > 4096:
-        raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
+    check_sizes(options)
     name, values = settings(options)
     recipe = cache_recipe(name, {field: value for field, value in values.items() if field in _FIELDS})
 
@@ -72,6 +69,15 @@ def build_command(argv: list[str]) -> int:
     if header is not None:
         print(text(facts(options.out, header)))
     return 0
+
+
+def check_sizes(options: argparse.Namespace) -> None:
+    """Raises UsageError for sizes that no cache has."""
+    check_positive(options, "views", "top_k", "batch_size")
+    if options.views > 1_000_000:
+        raise UsageError(f"--views {options.views}: must be at most 1,000,000")
+    if options.top_k > 4096:
+        raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
 
 
 def cache_recipe(name: str | None, given: dict[str, Any]) -> Recipe:

@@ -1,15 +1,9 @@
-"""`mealfast predict`: the most probable classes of image files.
-
-Shape legend: B images, C classes, H and W pixels.
-"""
+"""`mealfast predict`: the most probable classes of image files."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mealfast.cli.options import Parser
@@ -26,15 +20,8 @@ from mealfast.machine.files import printable
 from mealfast.machine.terminal import say
 from mealfast.machine.wording import counted
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from mealfast.loaders import EvalViews
+if TYPE_CHECKING:  # torch takes seconds to import
     from mealfast.models.normalised import NormalizedModel
-
-BATCH = 32  # images that go through the model at once
-_LARGEST = 1 << 26  # pixels of a resized image: a strip of 1 x 5,000 would become a gigabyte
 
 
 def make_parser() -> Parser:
@@ -66,6 +53,7 @@ def predict_command(argv: list[str]) -> int:
     check_positive(options, "top")
     check_view_options(options)
 
+    from mealfast.downstream.images import classify, in_batches
     from mealfast.machine import processes as runtimes
     from mealfast.models import normalised as models
 
@@ -83,7 +71,7 @@ def predict_command(argv: list[str]) -> int:
         say(note)
     model.to(runtime.device).eval()
     found: list[dict[str, Any]] = []
-    for files, outcomes in _in_batches(options.files, views):
+    for files, outcomes in in_batches(options.files, views):
         pixels = [one for one in outcomes if not isinstance(one, str)]
         guesses = iter(classify(model, pixels, runtime.device, options.top) if pixels else ())
         for file, outcome in zip(files, outcomes, strict=True):
@@ -98,62 +86,6 @@ def predict_command(argv: list[str]) -> int:
     if options.json:
         print(json.dumps({"model": options.model, "images": found}))
     return 2 if any("error" in one for one in found) else 0
-
-
-def classify(
-    model: torch.nn.Module, pixels: Sequence[np.ndarray], device: torch.device, top: int
-) -> list[list[tuple[int, float]]]:
-    """For each of B images, uint8 [H, W, 3], its `top` most probable (class, probability), best first.
-
-    `model` takes uint8 [B, H, W, 3] on `device` and returns logits [B, C].
-    """
-    import numpy as np
-    import torch
-
-    with torch.inference_mode():
-        probabilities = model(torch.from_numpy(np.stack(pixels)).to(device)).float().softmax(dim=1)
-        best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
-    return [
-        list(zip(classes, values, strict=True))
-        for classes, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def view_of(path: str | Path, views: EvalViews) -> np.ndarray:
-    """The evaluation view of an image file, uint8 [size, size, 3]. Raises what Pillow raises, or ValueError."""
-    import numpy as np
-    from PIL import Image
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, resize
-
-    path = Path(path)
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError("no such file" if not path.exists() else "not a regular file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(path) as image:
-            image.load()
-            shorter, longer = sorted(image.size)
-            if views.resize * views.resize * longer > _LARGEST * shorter:
-                raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
-            rgb = image.convert("RGB")
-    resized = resize(rgb, views.resize, InterpolationMode(views.interpolation))
-    return np.asarray(center_crop(resized, [views.size, views.size]))
-
-
-def _in_batches(files: Sequence[str], views: EvalViews) -> Iterator[tuple[list[str], list[np.ndarray | str]]]:
-    """Files and, for each, its view or why there is none."""
-    from mealfast.loaders.probe import reason
-
-    def outcome(file: str) -> np.ndarray | str:
-        try:
-            return view_of(file, views)
-        except Exception as error:  # hostile files raise anything
-            return reason(error)
-
-    remaining = iter(files)
-    while batch := list(islice(remaining, BATCH)):
-        yield batch, [outcome(file) for file in batch]
 
 
 def _names(class_map: str | None, model: NormalizedModel) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 import timm
 import torch
 
-import mealfast
 from mealfast.errors import UsageError
 from mealfast.labels.labelling import Labelled, Labeller, LabelTeachers, load_teachers, together
 from mealfast.loaders import (
@@ -32,6 +31,7 @@ from mealfast.loaders import (
 from mealfast.machine.precision import name_of, precision
 from mealfast.machine.processes import Runtime
 from mealfast.machine.terminal import say
+from mealfast.machine.version import VERSION
 from mealfast.method.data import scan_images, view_plan
 from mealfast.models import tuning
 from mealfast.models.class_order import Named
@@ -137,7 +137,7 @@ def cache_header(
             "compiled": teachers.compiled,
             "layouts": teachers.layouts,
             "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
-            "mealfast": mealfast.__version__,
+            "mealfast": VERSION,
             "torch": torch.__version__,
             "timm": timm.__version__,
         },

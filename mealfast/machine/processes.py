@@ -25,6 +25,7 @@ COLLECTIVE_TIMEOUT = 1800  # seconds
 _SCAN_TIMEOUT = timedelta(days=1)  # an index of millions of files is made by one process while others wait
 _groups = itertools.count()  # that this process has joined, as every other one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_joined = False  # whether the process group is of `start`: one that a caller has made is its own to leave
 
 
 Item = TypeVar("Item")
@@ -83,6 +84,7 @@ def start(device: str = "auto", *, timeout: int = COLLECTIVE_TIMEOUT) -> Runtime
 
     `timeout`: seconds after which waiting for another process fails.
     """
+    global _joined
     _die_with_torchrun()
     patience = timedelta(seconds=timeout)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -98,6 +100,7 @@ def start(device: str = "auto", *, timeout: int = COLLECTIVE_TIMEOUT) -> Runtime
             dist.init_process_group("nccl", device_id=chosen, **found)
         else:
             dist.init_process_group("gloo", **found)
+        _joined = True
     return Runtime(rank, world_size, chosen, patience)
 
 
@@ -108,9 +111,11 @@ def _prefer_speed() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+    """Leaves the process group that `start` has joined, if it has."""
+    global _joined
+    if _joined and dist.is_initialized():
         dist.destroy_process_group()
+    _joined = False
 
 
 def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:

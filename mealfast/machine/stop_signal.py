@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,6 +20,10 @@ class Stopped(Exception):  # noqa: N818  (what happened, not an error)
     """Work that gives nothing when it is cut short was cut short by a signal."""
 
 
+class CutShort(KeyboardInterrupt):
+    """A signal came within `StopSignal.at_once`. A KeyboardInterrupt, so that no compiler on its way keeps it."""
+
+
 class StopSignal:
     """Catches the signals while it is entered: `with StopSignal() as stop: ... if stop.asked: ...`.
 
@@ -26,6 +32,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked = False  # whether a signal has come
+        self.number: int | None = None  # of the first that came
+        self._at_once = False  # whether what is under way may be cut short
         self._previous: dict[int, Any] = {}  # signal -> the handler in whose place ours stands
 
     def __enter__(self) -> StopSignal:
@@ -38,6 +46,18 @@ class StopSignal:
                     signal.signal(number, self._handle)
         return self
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, which may take minutes (models compile) and has nothing to keep, a signal raises CutShort;
+        one that came before, too."""
+        if self.asked:
+            raise CutShort
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def __exit__(self, *error: object) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
@@ -45,4 +65,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.number = True, self.number or number
+        if self._at_once:
+            self._at_once = False
+            raise CutShort

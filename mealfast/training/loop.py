@@ -12,7 +12,7 @@ from mealfast.loaders import Batch, Loader, LoaderStopped
 from mealfast.machine import lock, memory, processes
 from mealfast.machine.agreement import Agreement
 from mealfast.machine.processes import Runtime
-from mealfast.machine.stop_signal import Stopped, StopSignal
+from mealfast.machine.stop_signal import CutShort, Stopped, StopSignal
 from mealfast.machine.waiting import waiting
 from mealfast.machine.wording import counted
 from mealfast.method.discriminator import DEAD_LOSS, is_dead
@@ -36,12 +36,12 @@ _STOP, _FAILED = 1, 2  # what a process can wish for after a step
 AtStart = Callable[[Job, Where, Callable[[str], None]], None]
 
 
-def train(recipe: Recipe, at_start: AtStart | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, at_start: AtStart | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
     """Runs a recipe to its end, or to where it is stopped. Returns the content of summary.json.
 
     `at_start(job, where, say)` is called before the first step, on every process, and may measure: nothing of what it
-    does to tensors may stay. Raises UsageError or DataError for what the user can mend; before the first step, before
-    anything is written.
+    does to tensors may stay. `stop` says afterwards which signal stopped it. Raises UsageError or DataError for what
+    the user can mend; before the first step, before anything is written.
     """
     with lock.hold(recipe.run_dir):
         directory = RunDirectory(recipe.run_dir)
@@ -49,21 +49,25 @@ def train(recipe: Recipe, at_start: AtStart | None = None) -> dict[str, Any]:
         runtime = processes.start(recipe.device, timeout=recipe.collective_timeout)
         advice = f"lower --batch-size, or compute it in parts (--accumulate {2 * recipe.accumulate})"
         with memory.enough(runtime.device, advice):
-            summary = run(recipe, runtime, directory, at_start)
+            summary = run(recipe, runtime, directory, at_start, stop)
         # Not after an error: leaving can wait for the other processes, and would tell them before the reason is said.
         processes.stop()
     return summary
 
 
-def run(recipe: Recipe, runtime: Runtime, directory: RunDirectory, at_start: AtStart | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, runtime: Runtime, directory: RunDirectory, at_start: AtStart | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """`train` among processes that have found each other, in a directory that was checked."""
     job, where, notes = make_job(recipe, runtime, directory)
-    return run_job(job, where, directory, notes, at_start)
+    return run_job(job, where, directory, notes, at_start, stop)
 
 
 def run_job(
-    job: Job, where: Where, directory: RunDirectory, notes: list[str] | None = None, at_start: AtStart | None = None
-) -> dict[str, Any]:
+    job: Job, where: Where, directory: RunDirectory, notes: list[str] | None = None, at_start: AtStart | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Takes a job from where it stands to its end, and writes what a run writes. `notes` are said first."""
     began = time.perf_counter()
     with Outputs(job, where, directory) as outputs:
@@ -76,7 +80,7 @@ def run_job(
             at_start(job, where, outputs.say)
         if where.step:
             outputs.say(f"resuming after {where.step} of {job.calendar.total_steps} steps")
-        with StopSignal() as stop:  # only from here on is there something to keep
+        with stop or StopSignal() as stop:  # only from here on is there something to keep
             loop = Loop(job, where, outputs, stop)
             try:
                 loop.run()
@@ -112,7 +116,11 @@ class Loop:
         self.job, self.where, self.outputs, self.stop = job, where, outputs, stop
         self.step = job.step(outputs.recording)
         self.guard = Guard(job.recipe.max_bad_steps, job.recipe.log_every, job.meter.skipped, where.bad_in_a_row)
-        self.validation, self.agreed, self.clock = Validation(job), Agreement(job.runtime), Clock()
+        alone = job.runtime.world_size == 1  # else the others would wait for a process that cut something short
+        self.validation = Validation(job, stop.at_once if alone else nullcontext)
+        if alone and job.recipe.cuda_graphs != "step":
+            self.step.cuttable = self.first_is_cuttable
+        self.agreed, self.clock = Agreement(job.runtime), Clock()
         self.first, self.batch, self.loader, self.dead_lines, self.began = where.step, None, None, 0, 0.0
         self.teachers_said = False
 
@@ -129,7 +137,10 @@ class Loop:
             cache = self.outputs.recording.cache if self.outputs.recording else None
             with closing(job.loader(where.step, calendar.last, cache, lambda: self.stop.asked)) as loader:
                 self.loader = loader
-                self.steps(Feed(loader, 2 * self.agreed.delay))
+                try:
+                    self.steps(Feed(loader, 2 * self.agreed.delay))
+                except CutShort:  # the first step, behind which everything is saved
+                    self.step.undo()
 
     def steps(self, feed: Feed) -> None:
         """Batch, step, log, save, evaluate, until the end or until a process wishes to stop."""
@@ -180,6 +191,10 @@ class Loop:
         if wish == _FAILED:
             feed.raise_for_all(self.job.runtime)
         return wish > 0
+
+    def first_is_cuttable(self) -> AbstractContextManager[None]:
+        """A signal ends the first step, in which the student is compiled, at once."""
+        return self.stop.at_once() if self.where.step == self.first else nullcontext()
 
     def count_step(self) -> None:
         """Counts a step that was taken."""

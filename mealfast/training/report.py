@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mealfast
 from mealfast.loaders import LabelCache
 from mealfast.machine import processes as runtimes
+from mealfast.machine.version import VERSION
 from mealfast.machine.wording import counted
 from mealfast.models import normalised as models
 from mealfast.models.description import Description
@@ -42,7 +42,7 @@ def config(job: Job) -> dict[str, Any]:
     """The content of config.json: the full recipe, versions, hardware, digests, and how each teacher runs."""
     same = identity(job)
     return {
-        "mealfast": mealfast.__version__,
+        "mealfast": VERSION,
         "recipe": job.recipe.to_json(),
         "model": description(job).to_json(),
         "processes": job.runtime.world_size,

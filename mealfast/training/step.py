@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from mealfast.loaders import Batch
@@ -21,6 +24,7 @@ class Step:
     """
 
     taken: int | None  # the number of the last step that the device was given whole; set by `__call__`
+    cuttable: Callable[[], AbstractContextManager[None]]  # around what `undo` can put back
 
     def __init__(
         self,
@@ -38,7 +42,7 @@ class Step:
         self.accumulate = recipe.accumulate
         self._captured = CapturedStep(self.learn, world_size) if recipe.cuda_graphs == "step" else None
         self.run = self._captured or self.learn
-        self.taken = None
+        self.taken, self.cuttable = None, nullcontext
         self._random: list[torch.Tensor] | None = None  # the generators, as the step that is under way found them
 
     def __call__(self, batch: Batch, step: int) -> None:
@@ -57,11 +61,12 @@ class Step:
     def learn(self, inputs: Inputs) -> None:
         """All that the device does, so that a graph can replay it; what changes between steps comes in as tensors."""
         self.optimiser.begin()
-        for part, last in inputs.parts(self.accumulate):
-            with self.student.reducing_gradients(last):
-                loss, terms = self.student(part, self.target_source(part))
-                self.optimiser.backward(loss / self.accumulate)
-            self.meter.hold(terms / self.accumulate)
+        with self.cuttable():
+            for part, last in inputs.parts(self.accumulate):
+                with self.student.reducing_gradients(last):
+                    loss, terms = self.student(part, self.target_source(part))
+                    self.optimiser.backward(loss / self.accumulate)
+                self.meter.hold(terms / self.accumulate)
         self.meter.add(skipped=self.optimiser.finish())  # decided on the device
 
     def undo(self) -> None:

@@ -6,12 +6,14 @@ Shape legend: B images of this process, H and W pixels, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 from mealfast.kernels import ensemble_target
 from mealfast.loaders import Batch, EvalViews, eval_loader
+from mealfast.machine.stop_signal import CutShort, Stopped
 from mealfast.models.class_names import readable
 from mealfast.models.ensemble import FrozenEnsemble
 from mealfast.record.metrics import Picture
@@ -28,8 +30,9 @@ ShowPictures = Callable[[list[Picture], list[str]], None]
 class Validation:
     """Scores the student, each teacher and their ensemble, and the student's KL to it, on every validation image."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, cuttable: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """`cuttable`: around the evaluation, which then ends as if `stopping` had said so, where it raises CutShort."""
+        self._job, self._cuttable = job, cuttable
         # The teachers' logits of every batch, K x [B, C] each, from the first evaluation: the images and the teachers
         # are the same in all of them. Without this an ImageNet run spends 3% of its time on hearing them again.
         self._kept: list[list[torch.Tensor]] = []
@@ -62,17 +65,20 @@ class Validation:
         pictures = _Pictures(job.data.val.labels) if show and teachers else None
         student.eval()
         try:
-            result = evaluate(
-                self._predict,
-                1 + len(teachers),
-                [loader],
-                runtime,
-                ensemble=teachers,
-                student=0 if teachers else None,
-                pad_to=batch_size if job.compiled else None,
-                on_batch=pictures,
-                stopping=stopping,
-            )
+            with self._cuttable():
+                result = evaluate(
+                    self._predict,
+                    1 + len(teachers),
+                    [loader],
+                    runtime,
+                    ensemble=teachers,
+                    student=0 if teachers else None,
+                    pad_to=batch_size if job.compiled else None,
+                    on_batch=pictures,
+                    stopping=stopping,
+                )
+        except CutShort:
+            raise Stopped from None
         finally:
             student.train()
             loader.close()

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -419,6 +420,26 @@ def test_large_images_get_one_line_instead_of_pillows_warnings(tree, backend, ca
     assert f"{large.sum()} images" in line
     assert index.display_path(int(np.flatnonzero(large)[0])) in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_epochs_come_one_at_a_time(index, backend):
+    """Of 50 images in batches of 8 an epoch has 6 steps; the rest of an epoch that is left is dropped."""
+    plan = make_plan(index)
+    with closing(train(backend, index, stop_step=None, epochs=3)) as loader:
+        assert len(loader) == 18
+        found = {epoch: [batch.indices.tolist() for batch in batches] for epoch, batches in loader.epochs()}
+        assert list(found) == [0, 1, 2]
+        for epoch, rows in found.items():
+            assert np.concatenate(rows).tolist() == plan.order(epoch)[:48].tolist()
+        firsts = [(epoch, next(batches).indices.tolist()) for epoch, batches in loader.epochs()]
+        assert firsts == [(epoch, rows[0]) for epoch, rows in found.items()]
+    with closing(train(backend, index, stop_step=None, start_step=4)) as loader:  # one epoch, where none is said
+        assert [(epoch, len(list(batches))) for epoch, batches in loader.epochs()] == [(0, 2)]
+    with closing(eval_loader(backend, index, EvalViews(SIZE, 18), batch_size=20)) as loader:
+        assert [(epoch, sum(len(b.labels) for b in batches)) for epoch, batches in loader.epochs()] == [(0, 50)]
+    with pytest.raises(DataError, match="stop_step or epochs"):
+        train(backend, index, epochs=1)
 
 
 def test_a_plan_for_other_images_is_refused(index):
