@@ -100,11 +100,11 @@ def teachers_scores(job: Job, result: Evaluation) -> list[str]:
     """What each teacher and the ensemble reach on the validation images, and a warning of one that only guesses."""
     classes, scores = job.student.num_classes, result.models[1:]
     lines = [
-        f"teacher {spec}:  top-1 {score.top1:.2f}%  top-5 {score.top5:.2f}%"
+        f"evaluated teacher {spec}:  top-1 {score.top1:.2f}%  top-5 {score.top5:.2f}%"
         for spec, score in zip(job.live_teachers, scores, strict=True)
     ]
     if result.ensemble:
-        lines.append(f"ensemble:  top-1 {result.ensemble.top1:.2f}%  top-5 {result.ensemble.top5:.2f}%")
+        lines.append(f"evaluated ensemble:  top-1 {result.ensemble.top1:.2f}%  top-5 {result.ensemble.top5:.2f}%")
     return lines + [
         f"warning: teacher {spec} is no better than chance ({100 / classes:.3g}%): are its classes those of the "
         "folders, in the same order, and its weights trained?"

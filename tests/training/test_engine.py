@@ -351,7 +351,7 @@ def test_auto_is_bf16_on_cpus_where_it_is_faster(
 
 @pytest.mark.parametrize("size", [26, 1000])
 def test_more_images_a_batch_than_there_are_is_refused(options, size):
-    with pytest.raises(UsageError, match=f"--batch-size {size}: .* holds only 25 images"):
+    with pytest.raises(UsageError, match=f"--batch-size {size}: .* holds only 25 training images: use --batch-size 8$"):
         made(options, batch_size=size)
 
 

@@ -27,8 +27,10 @@ def test_every_long_wait_of_a_start_and_the_teachers_scores_are_said(fields, tmp
     assert [wait for wait in waits if wait in expected][: len(expected)] == expected
     scores = {row["model"]: row["top1"] for row in summary["teachers"]}
     for spec in (one, two):
-        assert sum(line.startswith(f"teacher {spec}:  top-1 {scores[spec]:.2f}%  top-5 ") for line in said) == 1
-    assert sum(line.startswith(f"ensemble:  top-1 {summary['ensemble']['top1']:.2f}%") for line in said) == 1
+        assert (
+            sum(line.startswith(f"evaluated teacher {spec}:  top-1 {scores[spec]:.2f}%  top-5 ") for line in said) == 1
+        )
+    assert sum(line.startswith(f"evaluated ensemble:  top-1 {summary['ensemble']['top1']:.2f}%") for line in said) == 1
     warned = {line.split()[2] for line in said if line.startswith("warning: teacher ")}
     assert warned == {spec for spec in (one, two) if scores[spec] / 100 * 11 <= 11 / 3 + 2 * (11 * 2 / 9) ** 0.5}
 
