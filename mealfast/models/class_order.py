@@ -14,6 +14,8 @@ from mealfast.machine.files import brief
 from mealfast.machine.wording import counted
 from mealfast.models.class_names import Names, check_names, imagenet, natural_order, read_class_map, said
 
+_ALL_SAY = "every model names its classes, or is new"
+
 Order = tuple[int, ...]  # [C]: for each class of the first model, the output of another that means it
 
 
@@ -54,6 +56,7 @@ def agree(
 
     Raises UsageError where the classes are not the same, or where it cannot be told which output is which class.
     """
+    unnamed = any(one.classes is None and not one.new for one in models)
     rule = class_map if class_map in ("natural", "byte") else ""
     if class_map and not rule:
         given = read_class_map(class_map)
@@ -75,7 +78,8 @@ def agree(
     orders = tuple(_order(_own(one, tree, known, root, rule) or names, names) for one in models)
     by_name = {name: output for output, name in enumerate(names)}
     labels = {folder: by_name[tree.classes[place]] for folder, place in tree.labels.items()}
-    return Agreed(names, orders, labels, tree.notes)
+    unused = () if not class_map or unnamed else (f"note: --class-map {brief(class_map)}: not used; {_ALL_SAY}",)
+    return Agreed(names, orders, labels, (*tree.notes, *unused))
 
 
 def as_before(names: Names, models: int, folders: Sequence[str], root: Path) -> Agreed:
@@ -112,7 +116,7 @@ def _read(folders: Sequence[str], known: Named | None, first: Named, outputs: in
     if numbers := _numbers(folders, outputs):
         return _numbered(numbers, names, outputs, root)
     if known is not None and names is not None:
-        other = [folder for folder in folders if folder not in set(names)]
+        other = sorted(set(folders) - set(names))
         hint = f" (?num_classes={len(folders)} gives a student new ones)" if len(folders) != outputs else ""
         raise UsageError(
             f"{root}: class folder {said(other)} is none of the {counted(outputs, 'class')} of {known.what}: "
@@ -203,7 +207,8 @@ def _check_known(one: Named, first: Named, models: Sequence[Named], outputs: int
         raise UsageError(f"{one.what}: is of {counted(len(theirs), 'class')}, but {other} has {outputs:,}")
     if set(ours) == set(theirs):
         return
-    only, lacks = ([name for name in a if name not in set(b)] for a, b in ((theirs, ours), (ours, theirs)))
+    both = set(ours) & set(theirs)
+    only, lacks = ([name for name in names if name not in both] for names in (theirs, ours))
     parts = [f"only it has {said(only)}"] if only else []
     parts += [f"it lacks {said(lacks)}"] if lacks else []
     raise UsageError(f"{one.what}: its classes are not those of {first.what}: {'; '.join(parts)}")

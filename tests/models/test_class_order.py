@@ -85,6 +85,7 @@ def test_a_file_names_what_does_not_name_itself(tmp_path):
     assert (found.names, found.labels) == (("c2", "B1", "a0"), {"a0": 2})
     known = agree([student(MIXED), teacher(MIXED[::-1])], 3, MIXED, ROOT, path)
     assert known.orders == (None, (2, 1, 0)), "a file says nothing of models that say it themselves"
+    assert known.notes == (f"note: --class-map {path}: not used; every model names its classes, or is new",)
     for text, why in {
         b"a\nb\n": "holds 2 names, the model has 3 classes", b"a\nb\na\n": "class names must differ from one another",
         b"a\nb\n\xff\n": "cannot be read (it is not UTF-8 text); give a text file with one class name a line",
