@@ -58,7 +58,7 @@ def squares(root, names):
 
 @pytest.mark.parametrize(("names", "word"), [(SEVEN, "natural"), (tuple(map(str, range(12))), "")])
 def test_a_model_of_timms_scores_what_timm_says(tmp_path, capfd, names, word):
-    root, spec = squares(tmp_path / "data", names), f"test_resnet@{tmp_path / 'timm.pth'}"
+    root, spec = squares(tmp_path / "val", names), f"test_resnet@{tmp_path / 'timm.pth'}"
     wanted = timms(root, len(names), tmp_path / "timm.pth")
     assert wanted > 30
     argv = ["evaluate", "--data", root, "--model", spec, *VIEWS, "--json"]
@@ -94,7 +94,7 @@ def run_dir(weights, tmp_path):
 
 
 def test_a_tree_that_lacks_a_class_is_scored_by_names(run_dir, tmp_path, capfd):
-    root = squares(tmp_path / "data", SEVEN[:-1])
+    root = squares(tmp_path / "val", SEVEN[:-1])
     argv = ["evaluate", "--data", root, "--model", run_dir, tmp_path / "other.safetensors", "--crop-pct", 1]
     status, out, err = command(capfd, *argv, "--loader", "pillow", "--json", "--per-class")
     assert status == 0
