@@ -109,7 +109,7 @@ def test_a_tree_that_lacks_a_class_is_scored_by_names(run_dir, tmp_path, capfd):
     assert (one["top1"], one["top5"]) == (other["top1"], other["top5"])
     assert one["top1"] == pytest.approx(result["ensemble"]["top1"])
     assert {row["name"] for row in one["classes"]} == set(SEVEN[:-1])
-    squares(tmp_path / "data", ["zinnia"])
+    squares(tmp_path / "val", ["zinnia"])
     status, _, err = command(capfd, *argv)
     said = (
         f"mealfast: {root}: class folder zinnia is none of the 7 classes of --model {run_dir}: Iris, Rose, aster and "
@@ -118,7 +118,7 @@ def test_a_tree_that_lacks_a_class_is_scored_by_names(run_dir, tmp_path, capfd):
 
 
 def test_predictions_of_a_run_have_its_names(run_dir, tmp_path, capfd):
-    root = squares(tmp_path / "data", SEVEN[:2])
+    root = squares(tmp_path / "val", SEVEN[:2])
     files = sorted(root.glob("*/*.png"))[:3]
     status, out, err = command(capfd, "predict", run_dir, *files, "--crop-pct", 1, "--json", "--top", 7)
     assert (status, err) == (0, "note: at 32 px, as the model's file says (--size: another)\n")

@@ -178,7 +178,7 @@ def test_an_error_after_a_step_keeps_it(everything, whole, tmp_path, monkeypatch
 def test_an_error_at_the_end_adds_no_step(everything, whole, tmp_path, monkeypatch):
     """The end's measurement trains on: nothing of it may be taken for a step."""
 
-    def full(model, path):
+    def full(*given, **named):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
