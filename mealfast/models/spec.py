@@ -47,7 +47,7 @@ def parse(text: str) -> ModelSpec:
     """
     source, place, query = _source(text)
     if source:
-        return ModelSpec(text, "", "", _arguments(text, query), place, source)
+        return ModelSpec(text, "", "", _arguments(text, query), place, source=source)
     name, _, checkpoint = text.partition("@")
     name, has_kwargs, query = name.partition("?")
     architecture, _, tag = name.partition(".")
