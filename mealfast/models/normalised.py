@@ -211,7 +211,7 @@ def probe(model: NormalizedModel, spec: str, size: int) -> None:
         logits = _of_grey(model, size)
     except Exception as error:
         own = timm.data.resolve_model_data_config(model.model)["input_size"][-1]
-        others = {own, parse(spec).kwargs.get("img_size", own)} - {size}
+        others = {own, parse(spec).kwargs.get("img_size", own), model.trained_size or own} - {size}
         if any(isinstance(other, int) and _takes(model, other) for other in others):
             raise UsageError(
                 f"model spec {quoted(spec)} cannot take {size} x {size} pixels: {reason(error)}; change --size"

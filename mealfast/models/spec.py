@@ -50,7 +50,7 @@ def parse(text: str) -> ModelSpec:
     if source:
         kwargs = _arguments(text, query)
         _random(text, kwargs, has_weights=True)
-        return ModelSpec(text, "", "", kwargs, place, source)
+        return ModelSpec(text, "", "", kwargs, place, source=source)
     name, _, checkpoint = text.partition("@")
     name, has_kwargs, query = name.partition("?")
     architecture, _, tag = name.partition(".")

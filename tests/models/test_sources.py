@@ -112,6 +112,13 @@ def test_a_run_is_meant_only_where_timm_has_no_such_name(tmp_path, monkeypatch):
     )
 
 
+def test_a_transformers_file_takes_its_own_size_alone(tmp_path):
+    path = saved(tmp_path / "student.safetensors", made(NAMES, "test_vit3?num_classes=3"))
+    models.probe(models.build(str(path)), str(path), 32)
+    with pytest.raises(UsageError, match=r"cannot take 64 x 64 pixels: .*; change --size"):
+        models.probe(models.build(str(path), 64), str(path), 64)
+
+
 def test_specs_without_folders():
     wanted = {
         "a/b.pth": "b.pth", "resnet18@/x/y/w.pth": "resnet18@w.pth", "runs/a/": "a", "local-dir:/x/y": "local-dir:y",
