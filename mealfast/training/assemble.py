@@ -53,14 +53,17 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
     if checkpoint is not None:
         recipe = fit.adopt(recipe, checkpoint.recipe_fields(recipe.left_open))
     recipe, chosen = fit.fit(recipe, runtime.world_size, len(found.train), found.train.root)
-    for line in (*found.notes, *chosen) if runtime.is_main else ():
-        say(line)  # now: what comes next may take minutes
     job, loaded = _assemble(recipe, runtime, found)
-    if checkpoint is None:
-        return _with_teachers(job, loaded, {}), Where(), []
-    job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
-    where, notes = resume.take_up(checkpoint, job)
-    return _with_teachers(job, loaded, checkpoint.layouts), where, notes
+    where = Where()
+    layouts: dict[str, Any] = {}
+    notes: list[str] = []
+    if checkpoint is not None:
+        job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
+        where, notes = resume.take_up(checkpoint, job)
+        layouts = checkpoint.layouts
+    for line in (*found.notes, *chosen) if runtime.is_main else ():
+        say(line)  # now that nothing was refused, and before what may take minutes
+    return _with_teachers(job, loaded, layouts), where, notes
 
 
 def _assemble(recipe: Recipe, runtime: Runtime, found: Splits) -> tuple[Job, list[models.NormalizedModel]]:
