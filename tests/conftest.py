@@ -78,6 +78,14 @@ def needs_float32(weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_waits_are_said():
+    """On a busy machine any wait is long: lines about them would come between those that tests count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mealfast.machine.waiting.PATIENCE", 600.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory):
     """Programs that tests start would otherwise find the checkout's folder `mealfast` before the installed package."""
     before = Path.cwd()

@@ -18,7 +18,7 @@ from mealfast.labels.write_through import write_plan
 from mealfast.machine.files import brief
 from mealfast.machine.precision import precision
 from mealfast.machine.processes import Runtime
-from mealfast.machine.terminal import is_terminal
+from mealfast.machine.terminal import is_terminal, say
 from mealfast.machine.waiting import waiting
 from mealfast.method.classes import absent_notes, number_classes
 from mealfast.method.data import Splits, scan_splits, view_plan
@@ -57,11 +57,16 @@ def make_job(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> tuple
         recipe = fit.adopt(recipe, checkpoint.recipe_fields(recipe.left_open))
     recipe, chosen = fit.fit(recipe, runtime.world_size, len(found.train), found.train.root)
     job, loaded = _assemble(recipe, runtime, found, checkpoint)
-    if checkpoint is None:
-        return _with_teachers(job, loaded, {}), Where(), [*found.notes, *chosen]
-    job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
-    where, notes = resume.take_up(checkpoint, job)
-    return _with_teachers(job, loaded, checkpoint.layouts), where, [*found.notes, *chosen, *notes]
+    where = Where()
+    layouts: dict[str, Any] = {}
+    notes: list[str] = []
+    if checkpoint is not None:
+        job = replace(job, calendar=resume.calendar(recipe, len(job.data.train), checkpoint))
+        where, notes = resume.take_up(checkpoint, job)
+        layouts = checkpoint.layouts
+    for line in (*found.notes, *chosen) if runtime.is_main else ():
+        say(line)  # now that nothing was refused, and before what may take minutes
+    return _with_teachers(job, loaded, layouts), where, notes
 
 
 def _assemble(
