@@ -21,6 +21,7 @@ from mealfast.downstream.plain import plain_model
 from mealfast.downstream.trained import Trained, data_config
 from mealfast.errors import UsageError
 from mealfast.machine.files import brief, reason
+from mealfast.machine.terminal import say
 
 FILE = "model.onnx"
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
@@ -49,6 +50,9 @@ def write(trained: Trained, folder: Path, *, with_preprocessing: bool = False) -
     plain_model(trained)
     model: nn.Module = trained.model if with_preprocessing else trained.model.model
     example = sample(trained.model, trained.views.size, 2)[0 if with_preprocessing else 1]
+    say(
+        "torch.onnx reads the model, then ONNX Runtime runs it: a quarter of a minute for a ResNet-50, minutes for more"
+    )
     with _quiet():
         try:
             program: Any = torch.onnx.export(
