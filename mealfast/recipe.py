@@ -116,6 +116,13 @@ class Recipe:
     discriminator_lr: float | None = option(
         None, "method", "learning rate of the discriminator (default: the student's)", metavar="LR"
     )
+    student_bn: str = option(
+        "train",
+        "method",
+        "how the student's BatchNorms normalise: train by each batch, as the paper does; eval by the running "
+        "statistics that it began with, for small batches or few images",
+        choices=("train", "eval"),
+    )
     cutmix: bool = option(False, "method", "apply CutMix to every batch (beta 1); the teachers see the mixed images")
     label_cache: str = option(
         "",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mealfast.machine.cuda_graphs import on_side_stream
@@ -53,7 +54,9 @@ class Student:
         discriminator = None if mode == "off" else Discriminator(model.num_classes, mode)
         objective = Objective(recipe.hard_label_weight, discriminator)
         self._trained = _Trained(model, objective, precision_of(model, recipe.amp, runtime.device))
-        self._trained.to(runtime.device).to(memory_format=torch.channels_last).train()
+        self._trained.to(runtime.device).to(memory_format=torch.channels_last)
+        self._keeps_statistics = recipe.student_bn == "eval"
+        self.train()
         if compile:
             model.compile(dynamic=False)  # in place: the state dict keeps timm's keys
         self._wrapped = _distributed(self._trained, recipe, runtime)
@@ -66,6 +69,17 @@ class Student:
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] of uint8 images [B, H, W, 3], in its precision."""
         return self._trained.logits(images)
+
+    def train(self) -> None:
+        """Training mode, all but BatchNorms that keep their running statistics (--student-bn eval)."""
+        self._trained.train()
+        for module in self.model.modules() if self._keeps_statistics else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self._trained.eval()
 
     def reducing_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Within it a backward pass adds the processes' gradients up only if it is the step's last."""

@@ -71,7 +71,6 @@ class RunDirectory:
 
 def refuse_other_recipe(recipe: Recipe, stored: dict[str, Any], what: str) -> None:
     """Raises UsageError that names the first option in which a stored recipe differs, if it decides the result."""
-    stored = {"class_map": "", **stored}  # which older runs had not
     epochs = stored.get("epochs")
     if isinstance(epochs, int) and recipe.epochs < epochs and "epochs" not in recipe.left_open:
         raise UsageError(

@@ -45,8 +45,8 @@ class Validation:
 
         Raises Stopped where `stopping` says so before a batch, DataError where an image cannot be read.
         """
-        job, recipe, runtime, student = self._job, self._job.recipe, self._job.runtime, self._job.student.normalised
-        share_buffers(student, runtime)
+        job, recipe, runtime, student = self._job, self._job.recipe, self._job.runtime, self._job.student
+        share_buffers(student.normalised, runtime)
         batch_size = recipe.batch_size // runtime.world_size // recipe.accumulate  # of a step's parts: compiled already
         teachers = range(1, 1 + len(job.live_teachers))
         loader = eval_loader(
