@@ -107,11 +107,12 @@ def predict(
 
 
 def build_labels(
-    data: _Path, teachers: str | Sequence[str], out: _Path, *, views: int, top_k: int = 10, batch_size: int = 64,
-    recipe: str | None = None, **options: Any,
+    data: _Path, teachers: str | Sequence[str], out: _Path, *, views: int, top_k: int | None = None,
+    batch_size: int = 64, recipe: str | None = None, **options: Any,
 ) -> CacheHeader:  # fmt: skip
     """Keeps what teachers say of `views` views of every training image in the folder `out`, as `mealfast labels build`
-    does: `distill(..., label_cache=out)` then runs no teacher.
+    does: `distill(..., label_cache=out)` then runs no teacher. `top_k` probabilities of each (None: 10, or all of fewer
+    classes).
 
     `options` are fields of the recipe that decide what teachers see: size, crop_scale, crop_ratio, flip, interpolation,
     loader, loader_threads, loader_timeout, device, amp, compile, cuda_graphs, tune_teachers, seed. It can be stopped at

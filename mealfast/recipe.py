@@ -29,7 +29,7 @@ def option(default: Any, group: str, help: str, **extra: Any) -> Any:
 VAL_SHARE = 0.1  # of the images, where there is no validation folder
 
 # What is made to fit the number of images where neither a recipe nor an option says it; see `training/fit.py`.
-FITTED = ("batch_size", "epochs", "lr_decay_epochs", "log_every", "eval_every")
+FITTED = ("batch_size", "epochs", "lr_decay_epochs", "log_every", "eval_every", "lr", "student_bn")
 
 
 @dataclass(frozen=True)

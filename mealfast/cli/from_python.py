@@ -41,8 +41,8 @@ def evaluate(models: Named | Sequence[Named], data: str | os.PathLike[str], opti
 
 
 def build_labels(
-    data: str | os.PathLike[str], teachers: str | Sequence[str], out: str | os.PathLike[str], views: int, top_k: int,
-    batch_size: int, recipe: str | None, options: dict[str, Any],
+    data: str | os.PathLike[str], teachers: str | Sequence[str], out: str | os.PathLike[str], views: int,
+    top_k: int | None, batch_size: int, recipe: str | None, options: dict[str, Any],
 ) -> CacheHeader:  # fmt: skip
     """What `mealfast labels build` does. Raises UsageError or DataError."""
     known = set(fields()) & {action.dest for action in labels_build.make_parser()._actions}

@@ -34,7 +34,9 @@ def make_parser() -> Parser:
     cache.add_argument(
         "--views", type=int, required=True, metavar="V", help="views of each image; epoch e uses view e mod V"
     )
-    cache.add_argument("--top-k", type=int, default=10, metavar="K", help="probabilities of each target (default: 10)")
+    cache.add_argument(
+        "--top-k", type=int, metavar="K", help="probabilities of each target (default: 10, or all of fewer classes)"
+    )
     cache.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="images per batch and process (default: 64)"
     )
@@ -76,7 +78,7 @@ def check_sizes(options: argparse.Namespace) -> None:
     check_positive(options, "views", "top_k", "batch_size")
     if options.views > 1_000_000:
         raise UsageError(f"--views {options.views}: must be at most 1,000,000")
-    if options.top_k > 4096:
+    if options.top_k is not None and options.top_k > 4096:
         raise UsageError(f"--top-k {options.top_k}: must be at most 4096")
 
 

@@ -40,21 +40,24 @@ from mealfast.recipe import Recipe
 from mealfast.record.console import Progress, size_text
 
 LINE_EVERY = 10.0  # seconds between lines of the log
+TOP_K = 10  # probabilities of each target that are kept, where nobody says how many
 
 
 def build(
-    recipe: Recipe, runtime: Runtime, out: Path, *, views: int, top_k: int, batch_size: int
+    recipe: Recipe, runtime: Runtime, out: Path, *, views: int, top_k: int | None, batch_size: int
 ) -> CacheHeader | None:
     """Makes, or goes on making, the cache of views 0 to `views` - 1 in `out`; on all processes together.
 
-    `recipe` gives images, teachers and views (its student is not looked at), `batch_size` is each process's. Returns
-    the finished header in the main process. Raises UsageError or DataError, one line.
+    `recipe` gives images, teachers and views (its student is not looked at), `batch_size` is each process's, `top_k`
+    None: TOP_K, or every class where there are fewer. Returns the finished header in the main process. Raises
+    UsageError or DataError, one line.
     """
     index = scan_images(recipe.data, "train", runtime, recipe.loader_threads, val=recipe.val, share=recipe.val_share)
     stored = read_header(out) if (out / "header.json").is_file() else None
     cache = None if stored is None else Named(f"--out {out}", stored.class_names)
     models, described, classes = load_teachers(recipe, runtime, index, cache)
     names = models[0].classes if cache is None else cache.classes
+    top_k = top_k or min(TOP_K, classes)
     if top_k > classes:
         raise UsageError(f"--top-k {top_k}: the teachers have {classes} classes; ask for as many or fewer")
     plan = view_plan(recipe, index, cycle=views)

@@ -22,7 +22,7 @@ import torch
 
 from mealfast.errors import UsageError
 from mealfast.kernels import ensemble_topk
-from mealfast.labels.build import cache_header
+from mealfast.labels.build import TOP_K, cache_header
 from mealfast.labels.fit import require_cache
 from mealfast.labels.labelling import Labeller, LabelTeachers, together
 from mealfast.loaders import (
@@ -44,7 +44,6 @@ from mealfast.record import checkpoint
 from mealfast.record.console import size_text
 
 OPTION = "--label-cache"
-TOP_K = 10
 QUEUED = 64  # steps whose targets may wait for the disk, before training waits too
 
 

@@ -36,13 +36,11 @@ def absent_note(root: object, lacking: Sequence[str], classes: int) -> str:
 
 
 def absent_notes(splits: Splits, names: Names) -> list[str]:
-    """A line on each part that lacks classes, one line where both lack the same; images without labels lack none."""
+    """A line on the classes without a training image, and one on those that have some but no validation image, unless
+    `Splits.notes` says that; images without labels lack none."""
     train = absent(splits.train, names) if (splits.train.labels >= 0).all() else []
-    val = absent(splits.val, names)
-    if train == val:
-        roots = str(splits.train.root)
-        if splits.val.root != splits.train.root:
-            roots += f" and {splits.val.root}"
-        return [absent_note(roots, train, len(names))] if train else []
-    found = ((splits.train.root, train), (splits.val.root, val))
+    known = set(train)
+    val = [name for name in absent(splits.val, names) if name not in known]
+    cut = splits.val.root == splits.train.root  # one folder, whose cutting says so
+    found = ((splits.train.root, train), (splits.val.root, [] if cut else val))
     return [absent_note(root, lacking, len(names)) for root, lacking in found if lacking]

@@ -94,7 +94,20 @@ def finish(
         done = f"stopped after {where.step} of {job.calendar.total_steps} steps"
         again = "; the same command goes on from here"
     outputs.say(f"{done}{again}: {directory.student}")
+    if is_finished(job, where) and (lost := worse_than_its_start(where)):
+        outputs.say(lost)
     return summary
+
+
+def worse_than_its_start(where: Where) -> str | None:
+    """The warning of a student that has lost what it could at its start; None where it has not."""
+    start, final, best = where.scores.start, where.scores.latest, where.scores.best
+    if not start or not final or final["top1"] >= start["top1"]:
+        return None
+    better = f"; best.pt has {best['top1']:.2f}%" if best and best["top1"] > final["top1"] else ""
+    lost = f"top-1 {final['top1']:.2f}% after {start['top1']:.2f}%{better}"
+    advice = "try a lower --lr, more --epochs, or --student-bn eval"
+    return f"warning: the student is worse than at its start, {lost}: {advice}"
 
 
 def _student_writer(job: Job) -> Callable[[Path], None]:

@@ -1,4 +1,4 @@
-"""Batch, epochs and intervals that suit few images, where neither a recipe nor an option says them.
+"""Batch, epochs, learning rate and intervals that suit few images, where neither a recipe nor an option says them.
 
 The defaults are the paper's, for 1.28 million images: 512 of them are no batch of 168.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from mealfast.errors import UsageError
 from mealfast.machine.wording import counted
+from mealfast.models.spec import parse
 from mealfast.recipe import Recipe
 
 STEPS = 8  # to an epoch, at least, where the batch may be chosen
@@ -52,7 +53,7 @@ def fit(recipe: Recipe, processes: int, images: int, folder: Path) -> tuple[Reci
             + (f"use --batch-size {right}" if right else f"give {unit} or more")
         )
     if few:
-        chosen |= _calendar(recipe, images // batch, batch)
+        chosen |= _calendar(recipe, images // batch, batch) | _fine_tuning(recipe, batch)
     chosen = {name: value for name, value in chosen.items() if value != getattr(recipe, name)}
     line = ", ".join(f"--{name.replace('_', '-')} {_typed(value)}" for name, value in chosen.items())
     said = [f"chosen for {counted(images, 'image')}: {line}"] if chosen else []
@@ -60,10 +61,9 @@ def fit(recipe: Recipe, processes: int, images: int, folder: Path) -> tuple[Reci
 
 
 def adopt(recipe: Recipe, stored: dict[str, Any]) -> Recipe:
-    """The recipe with what it leaves open as a run has it that goes on: `stored` are that run's checked fields."""
-    values = {name: stored[name] for name in recipe.left_open if name in stored}
-    left = tuple(name for name in recipe.left_open if name not in stored)
-    return replace(recipe, left_open=left, **values)
+    """The recipe with what it leaves open as a run has it that goes on: `stored` are that run's checked fields. What is
+    not among them is younger than the run, which had the default."""
+    return replace(recipe, left_open=(), **{name: stored[name] for name in recipe.left_open if name in stored})
 
 
 def check_batch(batch: int, processes: int, accumulate: int) -> None:
@@ -93,5 +93,19 @@ def _calendar(recipe: Recipe, steps: int, batch: int) -> dict[str, Any]:
     return chosen
 
 
+def _fine_tuning(recipe: Recipe, batch: int) -> dict[str, Any]:
+    """How a student whose every weight has learnt something goes on from there by small batches of few images.
+
+    By the paper's settings it loses more than it gains in the first hundred steps (docs/data.md has the figures).
+    """
+    student = parse(recipe.student)
+    if not student.checkpoint and (not student.tag or "num_classes" in student.kwargs):
+        return {}
+    settings = {"lr": recipe.lr * batch / int(Recipe.batch_size), "student_bn": "eval"}  # lr: the linear scaling rule
+    return {name: value for name, value in settings.items() if name in recipe.left_open}
+
+
 def _typed(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -42,7 +42,7 @@ def test_a_toml_file_is_options_and_the_command_line_overrides_it(toml):
         student="resnet18.tv_in1k", teachers=("resnet50.ram_in1k", "resnet34.a1_in1k"), batch_size=32,
         lr_decay_epochs=(3, 5), crop_scale=(0.2, 1.0), flip=0.0, compile=False,
     )  # fmt: skip
-    assert recipe.left_open == ("epochs", "log_every", "eval_every")
+    assert recipe.left_open == ("epochs", "log_every", "eval_every", "lr", "student_bn")
     assert parsed("--config", path).batch_size == 64
 
 

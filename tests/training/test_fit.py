@@ -112,3 +112,21 @@ def test_a_log_has_a_line_after_half_a_minute_and_metrics_do_not(small, tmp_path
     assert len(logged) == 5  # one a step, of which two have values
     assert sum("loss" in line for line in logged) == 2
     assert [line["step"] for line in lines(tmp_path / "run") if line["kind"] == "train"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("student", "tuned"),
+    [
+        ("resnet18@w.pth", True), ("resnet18?num_classes=7@w.pth", True), ("resnet18.tv_in1k", True),
+        ("resnet18.tv_in1k?num_classes=7", False), ("resnet18?num_classes=7", False),
+    ],
+)  # fmt: skip
+def test_a_student_that_has_learnt_goes_on_by_small_steps(student, tuned):
+    """The linear scaling rule (arXiv 1706.02677) from the paper's 0.01 at 512, and statistics that few images keep."""
+    recipe, said = fitted(150, student=student)
+    assert (recipe.lr, recipe.student_bn) == ((0.01 * 16 / 512, "eval") if tuned else (0.01, "train"))
+    assert ("--lr 0.0003125, --student-bn eval" in said[0]) is tuned
+    given, _ = fitted(150, student=student, lr=0.1, student_bn="train")
+    assert (given.lr, given.student_bn) == (0.1, "train")
+    many, _ = fitted(4096, student=student)
+    assert (many.lr, many.student_bn) == (0.01, "train")

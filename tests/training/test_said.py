@@ -1,13 +1,16 @@
 """What a run says while it starts: what it waits for, what its teachers are worth, and numbers that are the rules'."""
 
+import pytest
 import torch
 
 from mealfast.machine import waiting
 from mealfast.models import parity
 from mealfast.models.parity import Parity
 from mealfast.recipe import make_recipe
+from mealfast.training.finish import worse_than_its_start
 from mealfast.training.loop import train
 from mealfast.training.scoring import Score, is_chance
+from mealfast.training.where import Scores, Where
 
 
 def test_every_long_wait_of_a_start_and_the_teachers_scores_are_said(fields, tmp_path, capfd, monkeypatch):
@@ -51,3 +54,18 @@ def test_the_number_beside_a_rule_is_the_rules():
     assert not found.holds(0.5)
     assert found.holds(1.0)
     assert found.to_json()["agreement_or_tie"] == 0.98996
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "final", "said"),
+    [
+        (50.0, 40.0, 30.0, "top-1 30.00% after 50.00%; best.pt has 40.00%: try a lower --lr"),
+        (50.0, 30.0, 30.0, "top-1 30.00% after 50.00%: try a lower --lr"),
+        (50.0, 60.0, 50.0, None),
+        (None, 30.0, 30.0, None),  # --no-eval-start
+    ],
+)
+def test_a_student_that_has_lost_is_told(start, best, final, said):
+    start, best, final = (None if top1 is None else {"top1": top1, "step": 0} for top1 in (start, best, final))
+    found = worse_than_its_start(Where(9, 0, Scores(start=start, latest=final, best=best)))
+    assert said in found if said else found is None
