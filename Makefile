@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= -e .
 BIN = $(VENV)/bin
+QUIET = $(shell test -t 2 || echo --quiet)
 STAMP = $(VENV)/installed-$(subst /,_,$(subst $() ,_,$(INSTALL)))
 ifdef CPU
 export PIP_EXTRA_INDEX_URL = https://download.pytorch.org/whl/cpu
@@ -26,11 +27,12 @@ endif
 
 # `build` goes first: what an earlier install left there, files since removed among it, would go into this one.
 $(STAMP): setup.py pyproject.toml constraints.txt
+	@test -x $(BIN)/ruff || echo "installing into $(VENV): about $(if $(CPU),1.5,7) GB, two to ten minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check -c constraints.txt "setuptools>=64" wheel
 	$(BIN)/python -m pip uninstall --quiet --yes mealfast
 	rm -rf build
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-build-isolation -c constraints.txt \
+	$(BIN)/python -m pip install $(QUIET) --no-warn-conflicts --disable-pip-version-check --no-build-isolation -c constraints.txt \
 		$(patsubst %.,%.[demo$(comma)export$(comma)test],$(INSTALL))
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check --no-deps -c constraints.txt $(TEST_DATA)
 	rm -f $(VENV)/installed-*

@@ -56,7 +56,8 @@ def recipe_of(options, mixed, natural, tmp_path):
         spec = str(natural / teacher) if teacher == "named.safetensors" else f"test_resnet@{natural / teacher}"
         fields = {
             **options, "data": str(mixed), "teachers": (spec,),
-            "student": "test_efficientnet?num_classes=3&weights=random", "epochs": 2, "hard_label_weight": 0.25, "tune_teachers": False, "eval_start": False,
+            "student": "test_efficientnet?num_classes=3&weights=random", "epochs": 2, "hard_label_weight": 0.25,
+            "tune_teachers": False, "eval_start": False,
             "run_dir": str(tmp_path / run),
         }  # fmt: skip
         return make_recipe(**{**fields, **changes})
