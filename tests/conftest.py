@@ -133,6 +133,7 @@ def fields(tree, weights):
         "lr": 0.05,
         "lr_decay_epochs": (2,),
         "amp": "off",
+        "student_bn": "train",
         "compile": False,
         "device": "cpu",
         "loader": "pillow",
