@@ -40,18 +40,19 @@ class Confusion:
         """Over all processes, which must call it together; on the CPU."""
         return runtime.sum(self._counts).reshape(-1, self.classes, self.classes).cpu()
 
-    def describe(self, matrix: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
+    @staticmethod
+    def describe(matrix: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
         """`--json`'s lines on one matrix [C, C]: every class that has images, and the pairs confused most often."""
+        outputs, wrong = len(matrix), matrix.clone().fill_diagonal_(0)
         images, right = matrix.sum(dim=1).tolist(), matrix.diagonal().tolist()
         classes = [
             {"class": c, "name": names[c], "images": images[c], "top1": 100 * right[c] / images[c]}
-            for c in range(self.classes)
+            for c in range(outputs)
             if images[c]
         ]
-        wrong = matrix.clone().fill_diagonal_(0)
         most = wrong.flatten().topk(min(_PAIRS, wrong.numel()))
         pairs = [
-            {"label": names[cell // self.classes], "guess": names[cell % self.classes], "images": count}
+            {"label": names[cell // outputs], "guess": names[cell % outputs], "images": count}
             for count, cell in zip(most.values.tolist(), most.indices.tolist(), strict=True)
             if count
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,10 @@ from mealfast.machine.wording import counted
 if TYPE_CHECKING:  # torch and timm take seconds to import: not for --help and typing errors
     import torch
 
-    from mealfast.loaders import ImageIndex
+    from mealfast.loaders import EvalViews, ImageIndex
     from mealfast.machine.processes import Runtime
+    from mealfast.models.class_names import Names
+    from mealfast.models.normalised import NormalizedModel
     from mealfast.training.scoring import Evaluation
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -77,18 +80,17 @@ def make_parser() -> Parser:
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """Runs the command; exit status 0. Raises UsageError or DataError."""
+    """Runs the command; exit status 0. Raises UsageError, DataError or RunError."""
     options = make_parser().parse_args(argv)
-    check_positive(options, "batch_size", "loader_threads", "loader_timeout")
-    check_view_options(options)
-    check_val_share(options)
-    _check_figure(options.confusion)
+    check_options(options)
 
+    from mealfast.machine import memory
     from mealfast.machine import processes as runtimes
 
     runtime = runtimes.start(options.device)
     try:
-        result = run(options, runtime)
+        with memory.enough(runtime.device, "lower --batch-size"):
+            result = run(options, runtime)
     finally:
         runtimes.stop()
     if runtime.is_main:
@@ -96,23 +98,86 @@ def evaluate_command(argv: list[str]) -> int:
     return 0
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UsageError for values that cannot be."""
+    check_positive(options, "batch_size", "loader_threads", "loader_timeout")
+    check_view_options(options)
+    check_val_share(options)
+    _check_figure(options.confusion)
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    """The models to be scored, on the CPU, and the images, labelled by the first one's outputs."""
+
+    index: ImageIndex
+    models: list[NormalizedModel]  # their outputs in one order
+    views: list[EvalViews]  # one a model
+    classes: int
+    names: Names | None  # of the outputs
+    absent: list[str]  # classes without an image
+
+
 def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """Scores the models that the options name, and draws what they ask for; the content of `--json`."""
-    import torch
-
-    from mealfast.cli.confusion import Confusion, draw, output_names
+    from mealfast.cli.confusion import Confusion
     from mealfast.loaders import eval_loader
     from mealfast.machine.precision import name_of, precision
+    from mealfast.models.ensemble import FrozenEnsemble
+    from mealfast.models.layout import default_layout
+    from mealfast.training.scoring import evaluate
+
+    layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
+    found = _find(options, runtime)
+    count = len(found.models)
+
+    # One loader a kind of view: models that see the same views share one, and one decoding.
+    kinds = list(dict.fromkeys(found.views))
+    seen = [[model for model, view in zip(found.models, found.views, strict=True) if view == kind] for kind in kinds]
+    ensembles = [FrozenEnsemble(some, runtime, compile=options.compile, layouts=[layout] * len(some)) for some in seen]
+    order = [number for kind in kinds for number, view in enumerate(found.views) if view == kind]
+
+    def predict(*images: torch.Tensor) -> list[torch.Tensor]:
+        """uint8 [B, H, W, 3] of each kind -> logits [B, C] of each model."""
+        logits = [one for ensemble, batch in zip(ensembles, images, strict=True) for one in ensemble(batch)]
+        return [logits[order.index(number)] for number in range(count)]
+
+    loaders = [
+        eval_loader(
+            options.loader, found.index, kind, batch_size=options.batch_size, rank=runtime.rank,
+            world_size=runtime.world_size, device=runtime.device, threads=options.loader_threads,
+            timeout=options.loader_timeout,
+        )
+        for kind in kinds
+    ]  # fmt: skip
+    asked = options.per_class or options.confusion
+    confusion = Confusion(count, found.classes, runtime.device) if asked else None
+    try:
+        scores = evaluate(
+            predict, count, loaders, runtime, ensemble=range(count) if count > 1 else (),
+            pad_to=options.batch_size if options.compile else None, on_batch=confusion,
+        )  # fmt: skip
+    finally:
+        for loader in loaders:
+            loader.close()
+    result = _to_json(scores, options.model, found.index)
+    if found.absent:
+        result["absent_classes"] = found.absent
+    if confusion is not None:
+        _add_classes(result, confusion.counts(runtime), found, options.confusion if runtime.is_main else None)
+    return result
+
+
+def _find(options: argparse.Namespace, runtime: Runtime) -> _Subjects:
+    """Loads what is to be scored, and says how it goes together. Raises UsageError or DataError."""
+    import torch
+
     from mealfast.method.classes import absent, absent_note
     from mealfast.method.data import scan_images
     from mealfast.models import normalised as models
     from mealfast.models.class_order import agree
-    from mealfast.models.ensemble import FrozenEnsemble
-    from mealfast.models.layout import default_layout
     from mealfast.models.random_weights import require_weights
-    from mealfast.training.scoring import evaluate
 
-    layout = default_layout(name_of(precision(options.amp, runtime.device)), options.compile)
     index = scan_images(options.data, "val", runtime, options.loader_threads, share=options.val_share)
     if (index.labels < 0).any():
         raise UsageError(f"--data {options.data}: holds images outside class folders; put each in its class's folder")
@@ -121,66 +186,34 @@ def run(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     loaded = [models.build(spec, options.size) for spec in options.model]
     share_size(loaded)
     views = [eval_views(options, model) for model in loaded]
-    for note in size_notes(options, loaded) if runtime.is_main else ():
-        say(note)
     for spec, model, view in zip(options.model, loaded, views, strict=True):
         models.probe(model, spec, view.size)
-    num_classes = models.check_classes(options.model, loaded, option="--model")
+    classes = models.check_classes(options.model, loaded, option="--model")
     known = [models.named(f"--model {spec}", model) for spec, model in zip(options.model, loaded, strict=True)]
-    agreed = agree(known, num_classes, index.classes, index.root, options.class_map)
+    agreed = agree(known, classes, index.classes, index.root, options.class_map)
     for model, outputs in zip(loaded, agreed.orders, strict=True):
         model.take_order(outputs, agreed.names)
     index = index.relabel(agreed.labels)
     lacking = absent(index, agreed.names or ())
-    notes = [*agreed.notes, *([absent_note(index.root, lacking, num_classes)] if lacking else [])]
+    notes = [*size_notes(options, loaded), *agreed.notes]
+    notes += [absent_note(index.root, lacking, classes)] if lacking else []
     for note in notes if runtime.is_main else ():
         say(note)
+    return _Subjects(index, loaded, views, classes, agreed.names, lacking)
 
-    # One loader a kind of view: models that see the same views share one, and one decoding.
-    kinds = list(dict.fromkeys(views))
-    seen = [[model for model, view in zip(loaded, views, strict=True) if view == kind] for kind in kinds]
-    ensembles = [FrozenEnsemble(some, runtime, compile=options.compile, layouts=[layout] * len(some)) for some in seen]
-    order = [number for kind in kinds for number, view in enumerate(views) if view == kind]
 
-    def predict(*images: torch.Tensor) -> list[torch.Tensor]:
-        """uint8 [B, H, W, 3] of each kind -> logits [B, C] of each model."""
-        logits = [one for ensemble, batch in zip(ensembles, images, strict=True) for one in ensemble(batch)]
-        return [logits[order.index(number)] for number in range(len(loaded))]
+def _add_classes(result: dict[str, Any], counts: torch.Tensor, found: _Subjects, figure: str | None) -> None:
+    """Adds what each model takes which class for, from `counts` [M, C, C]; the last one's are drawn as `figure`."""
+    from mealfast.cli.confusion import Confusion, draw, output_names
 
-    loaders = [
-        eval_loader(
-            options.loader, index, kind, batch_size=options.batch_size, rank=runtime.rank,
-            world_size=runtime.world_size, device=runtime.device, threads=options.loader_threads,
-            timeout=options.loader_timeout,
-        )
-        for kind in kinds
-    ]  # fmt: skip
-    confusion = None
-    if options.per_class or options.confusion:
-        confusion = Confusion(len(loaded), num_classes, runtime.device)
-    members = range(len(loaded)) if len(loaded) > 1 else ()
-    try:
-        found = evaluate(
-            predict, len(loaded), loaders, runtime, ensemble=members,
-            pad_to=options.batch_size if options.compile else None, on_batch=confusion,
-        )  # fmt: skip
-    finally:
-        for loader in loaders:
-            loader.close()
-    result = _to_json(found, options.model, index)
-    if lacking:
-        result["absent_classes"] = lacking
-    if confusion is not None:
-        counts = confusion.counts(runtime)  # on every process
-        names = output_names(agreed.names, num_classes)
-        rows = [*result["models"], *([result["ensemble"]] if "ensemble" in result else [])]
-        for row, matrix in zip(rows, counts, strict=True):
-            row |= confusion.describe(matrix, names)
-        if options.confusion and runtime.is_main:
-            who = "the ensemble" if len(loaded) > 1 else options.model[0]
-            draw(counts[-1], names, who, Path(options.confusion))
-            result["figure"] = options.confusion
-    return result
+    names = output_names(found.names, found.classes)
+    rows = [*result["models"], *([result["ensemble"]] if "ensemble" in result else [])]
+    for row, matrix in zip(rows, counts, strict=True):
+        row |= Confusion.describe(matrix, names)
+    if figure:
+        who = "the ensemble" if len(found.models) > 1 else result["models"][0]["model"]
+        draw(counts[-1], names, who, Path(figure))
+        result["figure"] = figure
 
 
 def _check_figure(path: str | None) -> None:

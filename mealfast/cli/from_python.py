@@ -11,7 +11,6 @@ from typing import Any
 from mealfast.cli import evaluate as evaluation
 from mealfast.cli import labels_build
 from mealfast.cli.options import Parser
-from mealfast.cli.view_options import check_positive, check_view_options
 from mealfast.downstream.distilling import Distilled
 from mealfast.downstream.keywords import checked, fields
 from mealfast.errors import UsageError
@@ -29,9 +28,7 @@ def evaluate(models: Named | Sequence[Named], data: str | os.PathLike[str], opti
     names = [os.fspath(one.run_dir if isinstance(one, Distilled) else one) for one in several]
     given = {"data": data, "model": names, **options}
     parsed = parse(evaluation.make_parser(), "evaluate", given)
-    check_positive(parsed, "batch_size", "loader_threads", "loader_timeout")
-    check_view_options(parsed)
-    evaluation._check_figure(parsed.confusion)
+    evaluation.check_options(parsed)
     with unchanged():
         runtime = runtimes.start(parsed.device)
         try:
