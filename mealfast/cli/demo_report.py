@@ -155,8 +155,9 @@ def what_next(folder: Path) -> str:
             "",
             "What to do next:",
             f"  {folder_of_programs}tensorboard --logdir {folder}",
-            f"  {folder_of_programs}mealfast predict {_short(STUDENT)}@{student} --size 32 --crop-pct 1 "
+            f"  {folder_of_programs}mealfast predict {student.parent} --crop-pct 1 "
             f"{folder / 'data' / 'all' / 'val' / '7'}/*.jpg",
+            f"  {folder_of_programs}mealfast export {student.parent} --to onnx digits-onnx",
             f"  {folder_of_programs}mealfast train --data DIR --student SPEC --teachers SPEC SPEC   # your own images",
         ]
     )
