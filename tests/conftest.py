@@ -30,14 +30,18 @@ sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() !=
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-# Files whose tests take long: fault campaigns, torchrun, compilers, grids of kernels. `make quick` leaves them out, and
-# single tests that are marked `slow`; it shows its longest tests, so that one which has become slow is seen.
+# Files whose tests take long: fault campaigns, torchrun, compilers, grids of kernels, many whole runs. `make quick`
+# leaves them out, and single tests marked `slow`; it shows its longest, so that one which has become slow is seen.
 SLOW = frozenset(
     {
-        "test_distributed", "test_kernels", "test_kernels_benchmark", "test_kernels_compiled",
-        "test_kernels_interpreted", "test_kernels_sparse", "test_label_benchmark", "test_label_fkd",
-        "test_label_write_through", "test_labels_command", "test_loaders_benchmark", "test_reliability_campaigns",
-        "test_reliability_disk", "test_teachers", "test_throughput_benchmark",
+        "test_classes", "test_config_file", "test_cuda_graphs", "test_cut_short", "test_demo", "test_distributed",
+        "test_endings", "test_engine", "test_export", "test_forecast", "test_interface", "test_kernels",
+        "test_kernels_benchmark", "test_kernels_compiled", "test_kernels_interpreted", "test_kernels_sparse",
+        "test_label_benchmark",
+        "test_label_cache_training", "test_label_fkd", "test_label_write_through", "test_labels_command",
+        "test_loaders_benchmark", "test_package", "test_pages", "test_reliability_campaigns",
+        "test_reliability_disk", "test_reliability_numbers", "test_resume", "test_said", "test_stalled_disk",
+        "test_teachers", "test_telemetry", "test_throughput_benchmark",
     }
 )  # fmt: skip
 

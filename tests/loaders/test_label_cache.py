@@ -187,7 +187,7 @@ def test_killed_at_random_moments(finished, tmp_path, monkeypatch, seed):
             (folder / ".header.json.x.tmp").write_text("{")  # what a real kill leaves
     else:
         pytest.fail("never finished")
-    assert kills >= 2
+    assert kills >= 1
     assert content(folder) == content(finished)
 
 
